@@ -243,21 +243,18 @@ def conv_backward_kernel(
                 # Each token's own gradient, against its inputs: the weights' share.
                 source = reader
                 for j in tl.static_range(W):
-                    inputs = load_inputs(
-                        x, past, source, c, m_c, sx_t, sp_t, seq_len, W, HAS_PAST
-                    )
+                    inputs = load_inputs(x, past, source, c, m_c, sx_t, sp_t, seq_len, W, HAS_PAST)
                     share = tl.sum(grad * inputs, 0)
                     dw += tl.where((taps == j)[:, None], share[None, :], 0.0)
                     source = hop_back(source, previous, seq_len, PACKED)
                 share = tl.sum(grad, 0)
                 dw += tl.where((taps == W)[:, None], share[None, :], 0.0)
-            if HAS_DTAIL:
-                if k < W - 1:
-                    p_tail = dtail + row * sdt_b + (W - 2 - k) * sdt_t + c[None, :]
-                    m_tail = (reader == last)[:, None] & m_c[None, :]
-                    m_tail = m_tail & m_t[:, None]
-                    p_tail = p_tail + tl.zeros((BT, 1), tl.int32)
-                    total += tl.load(p_tail, mask=m_tail, other=0.0).to(tl.float32)
+            if HAS_DTAIL and k < W - 1:
+                p_tail = dtail + row * sdt_b + (W - 2 - k) * sdt_t + c[None, :]
+                m_tail = (reader == last)[:, None] & m_c[None, :]
+                m_tail = m_tail & m_t[:, None]
+                p_tail = p_tail + tl.zeros((BT, 1), tl.int32)
+                total += tl.load(p_tail, mask=m_tail, other=0.0).to(tl.float32)
             reader = hop_on(reader, following, first, seq_len, PACKED)
             if not PACKED:
                 reader = tl.where(m_t, reader, NOWHERE)

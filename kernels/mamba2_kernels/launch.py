@@ -28,6 +28,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100)
 launches: Counter[str] = Counter()
 
 _override: int | None = None
+_settings: dict[str, dict[str, Any]] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **kw: Any) -> None:
@@ -64,10 +65,23 @@ def use_architecture(arch: int) -> Iterator[None]:
         _override = before
 
 
+@contextlib.contextmanager
+def use_settings(settings: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Run the scan with these settings inside the block: for tuning."""
+    global _settings
+    before, _settings = _settings, settings
+    try:
+        yield
+    finally:
+        _settings = before
+
+
 def scan_config(
     device: torch.device, headdim: int, d_state: int, dtype: torch.dtype
 ) -> dict[str, dict[str, Any]]:
     """Return kernel name -> tile sizes, warps and stages for one scan."""
+    if _settings is not None:
+        return _settings
     arch = architecture(device)
     table = _table(_nearest(arch))
     bits = "32" if dtype == torch.float32 else "16"

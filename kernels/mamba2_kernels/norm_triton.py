@@ -93,7 +93,7 @@ def norm_backward_kernel(
     for r in range(first, tl.minimum(first + rows_per_program, n_rows)):
         row = r.to(tl.int64)
         o_sum = row * n_groups + g
-        v, total, inverse = normalised(
+        v, _, inverse = normalised(
             x, z, residual, square_sum, row * sx + c, row * sz + c, row * sr + c,
             o_sum, m, count, eps, GATED, RESIDUAL, SUM,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One token of the scan and of the convolution in Triton, for decoding. The state changes in place."""
+"""One token of the scan and of the convolution in Triton; the state changes in place."""
 
 import torch
 import triton

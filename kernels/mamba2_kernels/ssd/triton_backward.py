@@ -2,7 +2,7 @@
 
     prepare   tokens x heads            as in the forward pass
     states    twice                     S entering each chunk; dS, its gradient, leaving each chunk
-    dx        chunks x heads            the forward pass mirrored in time: dx from dy, dS in registers
+    dx        chunks x heads            the forward pass mirrored in time: dx from dy and dS
     inside    tiles x splits of heads   what the tokens of one tile say about each other: d(C B^T)
                                         summed over heads, their share of ddt and the decay, dD
     across    the same x blocks of n    what the states say: dB, dC, the rest of ddt and the decay
@@ -15,8 +15,6 @@ float32; what passes over the whole tile is <dS, S>, taken anew for every tile: 
 
 Splits of the heads follow the shapes alone, so two runs give the same bits.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -41,6 +39,7 @@ from mamba2_kernels.ssd.triton_common import (
 from mamba2_kernels.ssd.triton_forward import (
     Scan,
     chunk_states,
+    dense,
     prepare,
     readable,
     softplus,
@@ -52,6 +51,7 @@ from mamba2_kernels.ssd.triton_forward import (
 # Heads that one program of `inside` and `across` works through: more spare memory traffic, fewer
 # fill the GPU.
 MOST_HEADS_PER_PROGRAM = 20
+STRONG_DECAY: tl.constexpr = tl.constexpr(22.0)  # exp(-22) = 2^-32
 
 
 @triton.jit
@@ -90,9 +90,7 @@ def dx_kernel(
         b_c = load_tile(C, b, t, g, 0, sc_b, sc_t, sc_h, seq_len, Q, N, TMA)
         b_ldt = tl.load(log_dt + t + q)
         w_in = weight_in(whole, rest, start, t, Q, PACKED, EXACT)
-        w_out = weight_out(
-            whole, rest, all_whole, all_rest, b_ldt, start, t, Q, PACKED, EXACT
-        )
+        w_out = weight_out(whole, rest, all_whole, all_rest, b_ldt, start, t, Q, PACKED, EXACT)
         w_through = weight_through(all_whole, all_rest, start, t, Q, PACKED, EXACT)
         seen = q[:, None] <= q[None, :]  # rows: tokens read; columns: the outputs that read them
         if PACKED:
@@ -106,9 +104,7 @@ def dx_kernel(
             b_dx = dot(b_b, state.to(b_b.dtype), EXACT) * w_out[:, None]
             state = add_dot(tl.trans(b_c), b_dyw, state * w_through, EXACT)
         # [q, n] @ [n, q] -> [q, q]
-        bc = dot(b_b, tl.trans(b_c), EXACT) * pair_decay(
-            -whole, b_ldt - rest, -whole, -rest, EXACT
-        )
+        bc = dot(b_b, tl.trans(b_c), EXACT) * pair_decay(-whole, b_ldt - rest, -whole, -rest, EXACT)
         bc = tl.where(seen, bc, 0.0)
         if HAS_D:
             bc = tl.where(seen & (q[:, None] == q[None, :]), bc + d, bc)
@@ -149,9 +145,7 @@ def inside_kernel(
     for k in tl.range(0, heads_per_split, num_stages=LOOP_STAGES):
         h = g * heads_per_group + (split % n_splits) * heads_per_split + k
         vector = (row * n_heads + h) * padded_len + t + q
-        whole, rest, _, _ = running_decay(
-            log_decay + (row * n_heads + h) * padded_len, t, Q, EXACT
-        )
+        whole, rest, _, _ = running_decay(log_decay + (row * n_heads + h) * padded_len, t, Q, EXACT)
         b_ldt = tl.load(log_dt + vector)
         b_x = load_tile(x, b, t, h, 0, sx_b, sx_t, sx_h, seq_len, Q, P, TMA)
         b_dy = load_tile(dy, b, t, h, 0, sdy_b, sdy_t, sdy_h, seq_len, Q, P, TMA)
@@ -245,12 +239,10 @@ def across_kernel(
             )  # fmt: skip
         ds_out = state.to(b_b.dtype)
         through = weight_through(all_whole, all_rest, start, t, Q, PACKED, EXACT)
-        anchor = through * total_of(tl.sum(s_in.to(tl.float32) * ds_out.to(tl.float32), 1))
+        anchor = through * total_of(tl.sum(s_in.to(tl.float32) * state, 1))
         b_x = load_tile(x, b, t, h, 0, sx_b, sx_t, sx_h, seq_len, Q, P, TMA)
         b_ldt = tl.load(p_log_dt + t + q)
-        w_out = weight_out(
-            whole, rest, all_whole, all_rest, b_ldt, start, t, Q, PACKED, EXACT
-        )
+        w_out = weight_out(whole, rest, all_whole, all_rest, b_ldt, start, t, Q, PACKED, EXACT)
         b_xw = b_x * w_out[:, None]
         if RELOAD:
             b_b = load_tile(B, b, t, g, n, sb_b, sb_t, sb_h, seq_len, Q, NB, TMA)
@@ -260,10 +252,11 @@ def across_kernel(
         else:
             writes = tl.sum(b_xw * dot(b_b, tl.trans(ds_out), EXACT), 1)
             b_db = add_dot(b_xw.to(b_x.dtype), ds_out, b_db, EXACT)
-        v = writes - reads
         vector = (part + h) * padded_len + t + q
         tl.store(du + vector, writes)
-        tl.store(da + vector, anchor + total_of(reads) + tl.cumsum(v, 0) - v)
+        # Token t's decay lies between what is read at t or later and what was written before it.
+        reads = tl.cumsum(reads, 0, reverse=True)
+        tl.store(da + vector, anchor + reads + (tl.cumsum(writes, 0) - writes))
     store_tile(dB, b_db, b, t, split, n, so_b, so_t, so_h, seq_len, Q, NB, TMA)
     store_tile(dC, b_dc, b, t, split, n, so_b, so_t, so_h, seq_len, Q, NB, TMA)
 
@@ -294,11 +287,11 @@ def finish_bc_kernel(
 @triton.jit
 def finish_dt_kernel(
     dt, dt_bias, A, log_dt, du, da, ddt, dA, ddt_bias,
-    sdt_b, sdt_t, seq_len, padded_len, n_heads, dt_min, dt_max,
+    sdt_b, sdt_t, sdt_h, seq_len, padded_len, n_heads, dt_min, dt_max,
     N_PARTS: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """ddt from the parts of du and da, through limits and softplus; dA and ddt_bias per BT tokens."""
+    """ddt from the parts of du and da, through limits and softplus; dA, ddt_bias per BT tokens."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     b = tl.program_id(2)
@@ -314,11 +307,13 @@ def finish_dt_kernel(
     size = tl.exp2(tl.load(log_dt + o, mask=m, other=float("-inf")))
     m = m & (size > 0.0)  # padding has none
     b_a = tl.load(A + h, mask=m_h, other=0.0).to(tl.float32)
+    # Behind a decay this strong nothing is left: what b_da holds is rounding, and dt is large.
+    b_da = tl.where(size * b_a[None, :] > -STRONG_DECAY, b_da, 0.0)
     grad = tl.where(m, b_du / size + b_a[None, :] * b_da, 0.0)
     row = b.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tl.store(dA + row * n_heads + h, tl.sum(tl.where(m, b_da * size, 0.0), 0), mask=m_h)
     m_dt = m_h[None, :] & (t < seq_len)[:, None]
-    raw = step_size(dt, dt_bias, b, t, h, sdt_b, sdt_t, m_dt, m_h, HAS_BIAS)
+    raw = step_size(dt, dt_bias, b, t, h, sdt_b, sdt_t, sdt_h, m_dt, m_h, HAS_BIAS)
     limited = softplus(raw) if SOFTPLUS else raw
     grad = tl.where((limited >= dt_min) & (limited <= dt_max), grad, 0.0)
     if SOFTPLUS:
@@ -331,10 +326,10 @@ def finish_dt_kernel(
 
 @triton.jit
 def finish_heads_kernel(
-    dA_parts, dD_parts, dbias_parts, out, n_rows, n_tile_rows, n_heads,
+    dA_parts, dD_parts, dbias_parts, dA, dD, dbias, n_rows, n_tile_rows, n_heads,
     BR: tl.constexpr, BH: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Sum dA, dD and ddt_bias over tokens: (3, h)."""
+    """Sum dA, dD and ddt_bias over tokens."""
     h = tl.program_id(0) * BH + tl.arange(0, BH)
     m_h = h < n_heads
     b_da = tl.zeros((BR, BH), tl.float32)
@@ -350,24 +345,11 @@ def finish_heads_kernel(
         if HAS_D:
             m_tiles = (r < n_tile_rows)[:, None] & m_h[None, :]
             b_dd += tl.load(dD_parts + o, mask=m_tiles, other=0.0)
-    tl.store(out + h, tl.sum(b_da, 0), mask=m_h)
+    tl.store(dA + h, tl.sum(b_da, 0).to(dA.dtype.element_ty), mask=m_h)
     if HAS_D:
-        tl.store(out + n_heads + h, tl.sum(b_dd, 0), mask=m_h)
+        tl.store(dD + h, tl.sum(b_dd, 0).to(dD.dtype.element_ty), mask=m_h)
     if HAS_BIAS:
-        tl.store(out + 2 * n_heads + h, tl.sum(b_db, 0), mask=m_h)
-
-
-class Gradients(NamedTuple):
-    """dx, dB and dC are views of one buffer, in that order along its last dimension."""
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    dt_bias: Tensor | None
-    initial_state: Tensor | None
+        tl.store(dbias + h, tl.sum(b_db, 0).to(dbias.dtype.element_ty), mask=m_h)
 
 
 def backward(
@@ -382,20 +364,20 @@ def backward(
     dt_bias: Tensor | None,
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
-    *,
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
-) -> Gradients:
-    """Return the gradient of every input; those of A, D, dt_bias and the state in float32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, ddt, dA, dB, dC, dD, ddt_bias and d_initial_state; empty for inputs left out."""
+    A, D, dt_bias, start, end = dense(A, D, dt_bias, initial_state, dfinal_state)
     s = prepare(x, dt, A, B, dt_bias, seq_idx, dt_softplus, dt_min, dt_max)
-    x, B, C, dy = (readable(t, s.tma) for t in (x, B, C, dy.to(x.dtype)))
+    x, B, C, dy = (readable(t, s.tma) for t in (x, B, C, dy))
     chunk = s.config["across"]["CHUNK"]
-    states, _ = chunk_states(s, x, B, chunk, initial_state, reverse=False)
+    states, _ = chunk_states(s, x, B, chunk, start, reverse=False)
     dstates, dinitial_state = chunk_states(
-        s, dy, C, chunk, dfinal_state, reverse=True, to_far_edge=initial_state is not None
+        s, dy, C, chunk, end, reverse=True, to_far_edge=initial_state is not None
     )
-    buffer, (dx, dB, dC) = _gradient_buffer(s, x)
+    dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, B, C))
     _dx(s, dy, B, C, D, dstates, dx, chunk)
     n_splits = head_splits(s.heads_per_group)
     dcb, du, da, dD_parts = _inside(s, x, dy, B, C, D, n_splits)
@@ -403,7 +385,9 @@ def backward(
     ddt, dA, dD, ddt_bias = _finish(
         s, dt, A, D, dt_bias, du, da, dD_parts, dt_softplus, dt_min, dt_max
     )
-    return Gradients(dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state)
+    if initial_state is not None:
+        dinitial_state = dinitial_state.to(initial_state.dtype)
+    return dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state
 
 
 def head_splits(heads_per_group: int) -> int:
@@ -413,16 +397,6 @@ def head_splits(heads_per_group: int) -> int:
         for n in range(1, heads_per_group + 1)
         if heads_per_group % n == 0 and heads_per_group // n <= MOST_HEADS_PER_PROGRAM
     )
-
-
-def _gradient_buffer(s: Scan, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    d_inner, d_bc = s.n_heads * s.headdim, s.n_groups * s.d_state
-    buffer = torch.empty(
-        s.batch, s.seq_len, d_inner + 2 * d_bc, dtype=x.dtype, device=x.device
-    )
-    dx, dB, dC = buffer.split([d_inner, d_bc, d_bc], dim=-1)
-    heads, groups = (s.n_heads, s.headdim), (s.n_groups, s.d_state)
-    return buffer, [dx.unflatten(-1, heads), dB.unflatten(-1, groups), dC.unflatten(-1, groups)]
 
 
 def _dx(
@@ -589,7 +563,7 @@ def _across(
 def _finish(
     s: Scan, dt: Tensor, A: Tensor, D: Tensor | None, dt_bias: Tensor | None, du: Tensor,
     da: Tensor, dD_parts: Tensor, dt_softplus: bool, dt_min: float, dt_max: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     device = dt.device
     rows, columns = 64, 16
     n_blocks = triton.cdiv(s.seq_len, rows)
@@ -609,7 +583,7 @@ def _finish(
         ddt,
         dA_parts,
         dbias_parts,
-        *dt.stride()[:2],
+        *dt.stride(),
         s.seq_len,
         s.padded_len,
         s.n_heads,
@@ -622,7 +596,13 @@ def _finish(
         HAS_BIAS=dt_bias is not None,
         num_warps=4,
     )
-    sums = torch.empty(3, s.n_heads, dtype=torch.float32, device=device)
+    # Each gradient a tensor of its own: outputs of an op must not share memory.
+    empty = dt.new_empty(0)
+    dA = torch.empty(A.shape, dtype=A.dtype, device=device)
+    dD = empty if D is None else torch.empty(D.shape, dtype=D.dtype, device=device)
+    ddt_bias = empty
+    if dt_bias is not None:
+        ddt_bias = torch.empty(dt_bias.shape, dtype=dt_bias.dtype, device=device)
     launch(
         finish_heads_kernel,
         (triton.cdiv(s.n_heads, columns),),
@@ -630,7 +610,9 @@ def _finish(
         dA_parts,
         dD_parts,
         dbias_parts,
-        sums,
+        dA,
+        dD,
+        ddt_bias,
         dA_parts.shape[0],
         dD_parts.shape[0],
         s.n_heads,
@@ -640,5 +622,4 @@ def _finish(
         HAS_BIAS=dt_bias is not None,
         num_warps=4,
     )
-    dA, dD, ddt_bias = sums
-    return ddt, dA, None if D is None else dD, None if dt_bias is None else ddt_bias
+    return ddt, dA, dD, ddt_bias

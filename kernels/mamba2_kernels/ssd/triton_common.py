@@ -52,7 +52,9 @@ def store_tile(
 
 
 @triton.jit
-def load_state(states, row, n, N: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+def load_state(
+    states, row, n, N: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, TMA: tl.constexpr
+):
     """A (p, n) block of the states, which lie as one matrix of `N` columns."""
     if TMA:
         state = states.load([row, n])
@@ -63,7 +65,9 @@ def load_state(states, row, n, N: tl.constexpr, PB: tl.constexpr, NB: tl.constex
 
 
 @triton.jit
-def store_state(states, state, row, n, N: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+def store_state(
+    states, state, row, n, N: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, TMA: tl.constexpr
+):
     if TMA:
         states.store([row, n], state.to(states.dtype))
     else:
@@ -130,7 +134,7 @@ def pair_decay(row_whole, row_rest, col_whole, col_rest, EXACT: tl.constexpr):
 
 
 @triton.jit
-def weight_in(whole, rest, p_start, t, Q: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+def weight_in(whole, rest, p_start, t, Q: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr):
     """What is left, at each token, of the state that enters the tile; 0 in later documents."""
     weight = tl.exp2(log_sum(whole, rest, EXACT))
     if PACKED:
@@ -163,7 +167,7 @@ def weight_through(
 
 @triton.jit
 def last_start(p_start, t, Q: tl.constexpr):
-    """Where the document whose state leaves the tile begins, counted from the tile's first token."""
+    """Where the document whose state leaves the tile begins, counted from the tile's start."""
     first = tl.load(p_start + t + Q - 1)
     return tl.where(first >= PADDING // 2, first - PADDING, first) - t
 
@@ -185,9 +189,7 @@ def carry_state(
         weight = weight_in(whole, rest, p_start, t, Q, PACKED, EXACT)
     else:
         log_dt = tl.load(p_log_dt + t + tl.arange(0, Q))
-        weight = weight_out(
-            whole, rest, all_whole, all_rest, log_dt, p_start, t, Q, PACKED, EXACT
-        )
+        weight = weight_out(whole, rest, all_whole, all_rest, log_dt, p_start, t, Q, PACKED, EXACT)
     through = weight_through(all_whole, all_rest, p_start, t, Q, PACKED, EXACT)
     b_x = load_tile(x, b, t, h, p, sx_b, sx_t, sx_h, seq_len, Q, PB, TMA)
     b_k = load_tile(keys, b, t, g, n, sk_b, sk_t, sk_h, seq_len, Q, NB, TMA)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mamba2_kernels.launch import descriptor, fits_descriptor, launch, scan_config
 from mamba2_kernels.ssd.triton_common import (
+    LONGEST,
     PADDING,
     add_dot,
     carry_state,
@@ -67,12 +68,9 @@ def later(a, b):
 
 
 @triton.jit
-def step_size(
-    dt, dt_bias, b, t, h, sdt_b, sdt_t, mask, mask_h,
-    HAS_BIAS: tl.constexpr,
-):  # fmt: skip
+def step_size(dt, dt_bias, b, t, h, sdt_b, sdt_t, sdt_h, mask, mask_h, HAS_BIAS: tl.constexpr):
     """dt + dt_bias before softplus and limits, (t, h) in float32."""
-    p_dt = dt + b.to(tl.int64) * sdt_b + t.to(tl.int64)[:, None] * sdt_t + h[None, :]
+    p_dt = dt + b.to(tl.int64) * sdt_b + t.to(tl.int64)[:, None] * sdt_t + h[None, :] * sdt_h
     raw = tl.load(p_dt, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         raw += tl.load(dt_bias + h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
@@ -103,7 +101,7 @@ def find_starts(seq_idx, start, seq_len, padded_len, ss_t, BLOCK: tl.constexpr):
 @triton.jit
 def prepare_kernel(
     dt, dt_bias, A, seq_idx, log_decay, log_dt, start,
-    sdt_b, sdt_t, ss_b, ss_t, seq_len, padded_len, n_heads, dt_min, dt_max,
+    sdt_b, sdt_t, sdt_h, ss_b, ss_t, seq_len, padded_len, n_heads, dt_min, dt_max,
     BT: tl.constexpr, BH: tl.constexpr, BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -120,14 +118,14 @@ def prepare_kernel(
         h = tl.program_id(1) * BH + tl.arange(0, BH)
         m_h = h < n_heads
         m = (t < seq_len)[:, None] & m_h[None, :]
-        v = step_size(dt, dt_bias, b, t, h, sdt_b, sdt_t, m, m_h, HAS_BIAS)
+        v = step_size(dt, dt_bias, b, t, h, sdt_b, sdt_t, sdt_h, m, m_h, HAS_BIAS)
         if SOFTPLUS:
             v = softplus(v)
         v = tl.minimum(tl.maximum(v, dt_min), dt_max)
         if PACKED:
             p_s = seq_idx + b.to(tl.int64) * ss_b + t.to(tl.int64) * ss_t
             m = m & (tl.load(p_s, mask=t < seq_len, other=-1) >= 0)[:, None]
-        a = v * (tl.load(A + h, mask=m_h, other=0.0) * LOG2E)[None, :]
+        a = v * (tl.load(A + h, mask=m_h, other=0.0).to(tl.float32) * LOG2E)[None, :]
         o = (b.to(tl.int64) * n_heads + h)[None, :] * padded_len + t[:, None]
         m_out = m_h[None, :] & (t < padded_len)[:, None]
         tl.store(log_decay + o, tl.where(m, tl.maximum(a, LEAST_LOG_DECAY), 0.0), mask=m_out)
@@ -230,9 +228,7 @@ def scan_kernel(
         b_c = load_tile(C, b, t, g, 0, sc_b, sc_t, sc_h, seq_len, Q, N, TMA)
         b_ldt = tl.load(log_dt + t + q)
         w_in = weight_in(whole, rest, start, t, Q, PACKED, EXACT)
-        w_out = weight_out(
-            whole, rest, all_whole, all_rest, b_ldt, start, t, Q, PACKED, EXACT
-        )
+        w_out = weight_out(whole, rest, all_whole, all_rest, b_ldt, start, t, Q, PACKED, EXACT)
         w_through = weight_through(all_whole, all_rest, start, t, Q, PACKED, EXACT)
         seen = q[:, None] >= q[None, :]
         if PACKED:
@@ -294,13 +290,13 @@ def forward(
     dt_bias: Tensor | None,
     seq_idx: Tensor | None,
     initial_state: Tensor | None,
-    *,
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
     return_final_state: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Return y (batch, seq_len, n_heads, headdim) and the final state in float32, or None."""
+) -> tuple[Tensor, Tensor]:
+    """Return y and the final state in float32, empty when it is not asked for."""
+    A, D, dt_bias, initial_state = dense(A, D, dt_bias, initial_state)
     s = prepare(x, dt, A, B, dt_bias, seq_idx, dt_softplus, dt_min, dt_max)
     x, B, C = (readable(t, s.tma) for t in (x, B, C))
     settings = dict(s.config["scan"])
@@ -310,10 +306,8 @@ def forward(
     if n_chunks > 1:
         states, _ = chunk_states(s, x, B, chunk, initial_state, reverse=False)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final_state = None
-    if return_final_state:
-        shape = (s.batch, s.n_heads, s.headdim, s.d_state)
-        final_state = torch.empty(shape, dtype=torch.float32, device=x.device)
+    shape = (s.batch, s.n_heads, s.headdim, s.d_state) if return_final_state else (0,)
+    final_state = torch.empty(shape, dtype=torch.float32, device=x.device)
     block, tile = settings["PB"], settings["Q"]
     launch(
         scan_kernel,
@@ -364,6 +358,8 @@ def prepare(
 ) -> Scan:
     """Compute what every kernel of a call needs to know of dt, A and the documents."""
     batch, seq_len, n_heads, headdim = x.shape
+    if seq_len > LONGEST:
+        raise ValueError(f"ssd_scan: seq_len is {seq_len}: rows of up to {LONGEST} tokens can run")
     padded_len = triton.cdiv(seq_len, LONGEST_TILE) * LONGEST_TILE
     vectors = torch.empty(2, batch, n_heads, padded_len, dtype=torch.float32, device=x.device)
     log_decay, log_dt = vectors.unbind(0)
@@ -386,7 +382,7 @@ def prepare(
         log_decay,
         log_dt,
         start,
-        *dt.stride()[:2],
+        *dt.stride(),
         *((0, 0) if seq_idx is None else seq_idx.stride()),
         seq_len,
         padded_len,
@@ -427,20 +423,18 @@ def chunk_states(
     *,
     reverse: bool,
     to_far_edge: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Return the states at the chunks' ends, (batch * chunk * head * p, n) in x's dtype.
 
-    With `to_far_edge` also the one behind the last chunk visited, in float32.
+    With `to_far_edge` also the one behind the last chunk visited, in float32; empty otherwise.
     """
     settings = s.config["states"]
     tile, p_block, n_block = settings["Q"], settings["PB"], settings["NB"]
     n_chunks = triton.cdiv(s.seq_len, chunk)
     rows = s.batch * n_chunks * s.n_heads * s.headdim
     states = torch.empty(rows, s.d_state, dtype=x.dtype, device=x.device)
-    far_edge = None
-    if to_far_edge:
-        shape = (s.batch, s.n_heads, s.headdim, s.d_state)
-        far_edge = torch.empty(shape, dtype=torch.float32, device=x.device)
+    shape = (s.batch, s.n_heads, s.headdim, s.d_state) if to_far_edge else (0,)
+    far_edge = torch.empty(shape, dtype=torch.float32, device=x.device)
     launch(
         states_kernel,
         ((s.headdim // p_block) * (s.d_state // n_block), s.n_heads, s.batch),
@@ -471,6 +465,10 @@ def chunk_states(
         **settings,
     )
     return states, far_edge
+
+
+def dense(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def readable(t: Tensor, tma: bool) -> Tensor:

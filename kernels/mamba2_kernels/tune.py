@@ -1,0 +1,239 @@
+"""Find launch configurations for the scan and write them into a table.
+
+    python -m mamba2_kernels.tune --headdim 64 --d-state 128            on a GPU: the fastest
+    python -m mamba2_kernels.tune --offline --arch 90 --headdim 64     anywhere: the first sound
+
+On a GPU every candidate of every kernel is timed in the running op, the other kernels as they are;
+one that fails to compile, or changes a result by more than rounding, is out. The table goes to the
+folder that `mamba2_kernels.launch.tuned_folder` names, whose entries come before the shipped ones.
+
+Offline the candidates are compiled, from the one that should be fastest down, until one neither
+spills nor wants too much shared memory: this is how the shipped tables were made, for want of a
+GPU (`--out kernels/mamba2_kernels/tuned`).
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba2_kernels import launch
+from mamba2_kernels.compile_report import Entry, compile_launch, record_settings
+
+Settings = dict[str, Any]
+KERNELS = ("states", "scan", "dx", "inside", "across")
+REPEATS = 20
+
+
+def candidates(entry: Entry) -> dict[str, list[Settings]]:
+    """For each kernel its settings worth trying, the most promising first.
+
+    Tiles of 64 tokens feed the tensor cores of sm_90 best and read C and B least often; 16-bit
+    pointer kernels do better with 32. A state block of 8,192 float32 is what 128 threads can hold.
+    """
+    tma = entry.arch >= 90
+    wide = entry.bits == 32
+    tiles = (32, 16) if wide else ((64, 32, 16) if tma else (32, 64, 16))
+    blocks = [(64, 64), (32, 128), (64, 32), (32, 64), (32, 32)]
+    if entry.arch != 90:
+        blocks = blocks[1:2] + blocks[3:]
+    inner = (32, 16) if wide else (64, 32, 16)
+    return {
+        "states": _distinct(
+            {"Q": q, "PB": min(entry.headdim, p), "NB": min(entry.d_state, n), "TMA": tma,
+             "num_warps": 4, "num_stages": stages}
+            for p, n in blocks for q in tiles[:2] for stages in (3, 2)
+        ),
+        "scan": _distinct({"CHUNK": 512} | s for s in _chunk_settings(entry, tiles, tma)),
+        "dx": _distinct({"SPAN": 512} | s for s in _chunk_settings(entry, tiles, tma)),
+        "inside": _distinct(
+            {"Q": q, "LOOP_STAGES": loop, "TMA": tma, "num_warps": warps, "num_stages": stages}
+            for q in inner
+            for warps, loop, stages in (
+                (4, 2, 3), (8, 2, 3), (4, 1, 3), (8, 1, 3), (8, 1, 2), (4, 1, 1), (8, 1, 1)
+            )
+        ),
+        "across": _distinct(
+            {"CHUNK": 256, "Q": q, "NB": n, "LOOP_STAGES": 1, "RELOAD": reload, "TMA": tma,
+             "num_warps": warps, "num_stages": stages}
+            for q in inner
+            for n in (256, 128, 64, 32, 16)
+            if n <= entry.d_state and entry.headdim * n <= 8192
+            for warps, stages, reload in (
+                (8, 1, True), (8, 2, True), (8, 1, False), (8, 2, False), (4, 1, True),
+                (4, 2, True), (8, 3, True), (4, 2, False),
+            )
+            if warps == 8 or entry.headdim * n <= 4096
+        ),
+    }  # fmt: skip
+
+
+def sound_entry(entry: Entry) -> dict[str, Settings]:
+    """Compile candidates until every kernel has settings that neither spill nor overflow.
+
+    Raises:
+        RuntimeError: no candidate of some kernel is sound.
+    """
+    tried = candidates(entry)
+    recorded = record_settings(entry, tried)
+    chosen: dict[str, Settings] = {}
+    for kernel in KERNELS:
+        for settings, captures in zip(tried[kernel], recorded[kernel], strict=True):
+            # What `inside` writes, `across` reads: their tiles are the same.
+            if kernel == "across" and settings["Q"] != chosen["inside"]["Q"]:
+                continue
+            if all(compile_launch(entry, capture).is_sound for capture in captures):
+                chosen[kernel] = settings
+                break
+        else:
+            raise RuntimeError(f"no settings of {kernel} are sound for {entry}")
+    return chosen
+
+
+def fastest_entry(entry: Entry, seq_len: int, n_heads: int, n_groups: int) -> dict[str, Settings]:
+    """Time every candidate on this machine's GPU; return the fastest of each kernel."""
+    problem = Problem(entry, seq_len, n_heads, n_groups)
+    device = problem.inputs[0].device
+    best = launch.scan_config(device, entry.headdim, entry.d_state, problem.inputs[0].dtype)
+    best = {kernel: dict(settings) for kernel, settings in best.items()}
+    for kernel in ("states", "scan", "dx"):
+        for settings in candidates(entry)[kernel]:
+            best = problem.better(best, best | {kernel: settings})
+    both = candidates(entry)
+    for inside in both["inside"]:
+        across = next(s for s in both["across"] if s["Q"] == inside["Q"])
+        pair = {"inside": inside}
+        if inside["Q"] != best["across"]["Q"]:
+            pair["across"] = across
+        best = problem.better(best, best | pair)
+    for across in both["across"]:
+        if across["Q"] == best["inside"]["Q"]:
+            best = problem.better(best, best | {"across": across})
+    return best
+
+
+class Problem:
+    """One scan, its results with the shipped settings, and the time a step of it takes."""
+
+    def __init__(self, entry: Entry, seq_len: int, n_heads: int, n_groups: int) -> None:
+        dtype = torch.float32 if entry.bits == 32 else torch.bfloat16
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+
+        self.inputs = (
+            normal(1, seq_len, n_heads, entry.headdim),
+            normal(1, seq_len, n_heads),
+            -torch.ones(n_heads, device="cuda"),
+            normal(1, seq_len, n_groups, entry.d_state) / entry.d_state**0.5,
+            normal(1, seq_len, n_groups, entry.d_state),
+        )
+        self.dy = normal(1, seq_len, n_heads, entry.headdim)
+        self.times: dict[str, float] = {}
+        self.expected = self.run()
+
+    def run(self) -> list[Tensor]:
+        from mamba2_kernels.ssd import triton_path
+
+        rest = (None, None, None, None, True, 0.0, float("inf"), 256)
+        y, _ = triton_path.forward(*self.inputs, *rest, False)
+        return [y, *triton_path.backward(self.dy, None, *self.inputs, *rest)]
+
+    def better(self, old: dict[str, Settings], new: dict[str, Settings]) -> dict[str, Settings]:
+        return new if self.time(new) < self.time(old) else old
+
+    def time(self, settings: dict[str, Settings]) -> float:
+        """Seconds for forward and backward; infinite for settings that do not work."""
+        key = json.dumps(settings, sort_keys=True)
+        if key not in self.times:
+            with launch.use_settings(settings):
+                self.times[key] = self._measure()
+        return self.times[key]
+
+    def _measure(self) -> float:
+        try:
+            results = self.run()
+            for found, expected in zip(results, self.expected, strict=True):
+                if expected.numel() and (found - expected).norm() > 1e-2 * expected.norm():
+                    return float("inf")
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(REPEATS):
+                self.run()
+            torch.cuda.synchronize()
+        except Exception as error:  # too much shared memory, or a compiler that gives up
+            print(f"left out: {type(error).__name__}", file=sys.stderr)
+            return float("inf")
+        return (time.perf_counter() - started) / REPEATS
+
+
+def write_entry(path: str, entry: Entry, settings: dict[str, Settings]) -> None:
+    """Put an entry into a table, which is made if it does not exist."""
+    table: dict[str, Any] = {}
+    if os.path.exists(path):
+        with open(path) as file:
+            table = json.load(file)
+    table[f"{entry.headdim}, {entry.d_state}, {entry.bits}"] = settings
+    lines = [f' "{name}": {json.dumps(table[name])}' for name in table]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as file:
+        file.write("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _chunk_settings(entry: Entry, tiles: tuple[int, ...], tma: bool) -> Iterator[Settings]:
+    for q in tiles:
+        for block, warps in ((64, 4), (64, 8), (32, 4), (32, 8), (128, 8)):
+            block = min(block, entry.headdim)
+            if block * entry.d_state > 8192 * (warps // 4):
+                continue
+            for state_pn in (tma, not tma):
+                for stages in (2, 3, 1) if tma else (3, 2, 1):
+                    yield {"Q": q, "PB": block, "TMA": tma, "STATE_PN": state_pn,
+                           "num_warps": warps, "num_stages": stages}  # fmt: skip
+
+
+def _distinct(settings: Iterator[Settings]) -> list[Settings]:
+    return list({json.dumps(s, sort_keys=True): s for s in settings}.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--headdim", type=int, nargs="+", default=[64], choices=launch.HEADDIMS)
+    parser.add_argument("--d-state", type=int, nargs="+", default=[128], choices=launch.D_STATES)
+    parser.add_argument("--bits", type=int, nargs="+", default=[16], choices=(16, 32))
+    parser.add_argument("--seq-len", type=int, default=8192)
+    parser.add_argument("--n-heads", type=int, default=80)
+    parser.add_argument("--n-groups", type=int, default=1)
+    parser.add_argument("--offline", action="store_true", help="compile instead of timing")
+    parser.add_argument("--arch", type=int, nargs="+", choices=launch.ARCHITECTURES)
+    parser.add_argument("--out", default=launch.tuned_folder(), help="folder of the tables")
+    args = parser.parse_args()
+    if not args.offline and not torch.cuda.is_available():
+        parser.error("timing needs a GPU and there is none: use --offline, or run it on one")
+    if args.offline and not args.arch:
+        parser.error("--offline needs --arch, such as --arch 90")
+    archs = args.arch if args.offline else [launch.architecture(torch.device("cuda"))]
+    for arch in archs:
+        for bits in args.bits:
+            for headdim in args.headdim:
+                for d_state in args.d_state:
+                    entry = Entry(arch, headdim, d_state, bits)
+                    if args.offline:
+                        settings = sound_entry(entry)
+                    else:
+                        settings = fastest_entry(entry, args.seq_len, args.n_heads, args.n_groups)
+                    path = os.path.join(args.out, f"sm_{arch}.json")
+                    write_entry(path, entry, settings)
+                    print(f"{entry} -> {path}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
