@@ -23,6 +23,9 @@ logger = logging.getLogger("mamba2_kernels")
 HEADDIMS = (32, 64, 128)
 D_STATES = (16, 32, 64, 128, 256)
 ARCHITECTURES = (80, 86, 89, 90, 100)
+LONGEST_ROW = 1 << 29  # tokens; what document starts leave room for
+LONGEST_CONV = 15  # taps
+WIDEST_GROUP = 16384  # channels that one program of a norm holds
 
 # kernel name -> launches so far in this process; a test of the Triton path asserts that it grew.
 launches: Counter[str] = Counter()
@@ -144,3 +147,32 @@ def fits_descriptor(tensor: Tensor) -> bool:
     ]
     aligned = tensor.data_ptr() % 16 == 0 and all(s % 16 == 0 and 0 < s < 2**40 for s in strides)
     return aligned and tensor.stride(-1) == 1
+
+
+def no_scan_kernel(x: Tensor, d_state: int) -> str | None:
+    """Return why the scan has no kernel for these inputs, or None when it has one."""
+    headdim, seq_len = x.shape[-1], x.shape[1]
+    if x.dtype == torch.float64:
+        return "x is float64, and the kernels compute in float32"
+    if headdim not in HEADDIMS:
+        return f"headdim is {headdim}, and the kernels take {_either(HEADDIMS)}"
+    if d_state not in D_STATES:
+        return f"d_state is {d_state}, and the kernels take {_either(D_STATES)}"
+    if seq_len > LONGEST_ROW:
+        return f"seq_len is {seq_len}, and the kernels take up to {LONGEST_ROW}"
+    return None
+
+
+def no_mixer_kernel(x: Tensor, *, d_conv: int = 1, group_size: int = 1) -> str | None:
+    """Return why convolution, norms and steps have no kernel for these inputs, or None."""
+    if x.dtype == torch.float64:
+        return "x is float64, and the kernels compute in float32"
+    if d_conv > LONGEST_CONV:
+        return f"d_conv is {d_conv}, and the kernels take up to {LONGEST_CONV}"
+    if group_size > WIDEST_GROUP:
+        return f"a group has {group_size} channels, and the kernels take up to {WIDEST_GROUP}"
+    return None
+
+
+def _either(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"

@@ -5,8 +5,7 @@ one forward and one backward kernel. `SUM` says where the sum of squares is: "ow
 own, "given" by the caller, "only" when it is itself the result.
 
 The rounding order is that of transformers' Mamba2: statistics and normalised values in float32, the
-latter rounded to x's dtype, then times the weight. A row's group is held whole, so groups of more
-than MOST_CHANNELS are refused.
+latter rounded to x's dtype, then times the weight. A group is held whole, so its width has a limit.
 """
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 from mamba2_kernels.launch import launch
 from mamba2_kernels.sums_triton import sum_rows
 
-MOST_CHANNELS = 16384  # of one group
 ROWS_PER_PROGRAM = (16, 64)  # of the backward pass, which sums the weight's gradient over them
 MOST_PROGRAMS = 512
 

@@ -40,6 +40,9 @@ def candidates(entry: Entry) -> dict[str, list[Settings]]:
     tma = entry.arch >= 90
     wide = entry.bits == 32
     tiles = (32, 16) if wide else ((64, 32, 16) if tma else (32, 64, 16))
+    state_tiles = tiles[:2]
+    if entry.d_state == 256 and not wide:
+        tiles = (16, 32, 64)  # longer ones spill nearly everywhere
     blocks = [(64, 64), (32, 128), (64, 32), (32, 64), (32, 32)]
     if entry.arch != 90:
         blocks = blocks[1:2] + blocks[3:]
@@ -48,7 +51,7 @@ def candidates(entry: Entry) -> dict[str, list[Settings]]:
         "states": _distinct(
             {"Q": q, "PB": min(entry.headdim, p), "NB": min(entry.d_state, n), "TMA": tma,
              "num_warps": 4, "num_stages": stages}
-            for p, n in blocks for q in tiles[:2] for stages in (3, 2)
+            for p, n in blocks for q in state_tiles for stages in (3, 2)
         ),
         "scan": _distinct({"CHUNK": 512} | s for s in _chunk_settings(entry, tiles, tma)),
         "dx": _distinct({"SPAN": 512} | s for s in _chunk_settings(entry, tiles, tma)),

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 PADDING: tl.constexpr = tl.constexpr(1 << 30)
-LONGEST = 1 << 29  # tokens per row; keeps `start` and PADDING apart
 
 
 @triton.jit

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from mamba2_kernels.launch import descriptor, fits_descriptor, launch, scan_config
 from mamba2_kernels.ssd.triton_common import (
-    LONGEST,
     PADDING,
     add_dot,
     carry_state,
@@ -358,8 +357,6 @@ def prepare(
 ) -> Scan:
     """Compute what every kernel of a call needs to know of dt, A and the documents."""
     batch, seq_len, n_heads, headdim = x.shape
-    if seq_len > LONGEST:
-        raise ValueError(f"ssd_scan: seq_len is {seq_len}: rows of up to {LONGEST} tokens can run")
     padded_len = triton.cdiv(seq_len, LONGEST_TILE) * LONGEST_TILE
     vectors = torch.empty(2, batch, n_heads, padded_len, dtype=torch.float32, device=x.device)
     log_decay, log_dt = vectors.unbind(0)
