@@ -12,7 +12,7 @@ from torch import Tensor
 from mamba2_train.model import Mamba2LM
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: Mamba2LM,
     input_ids: Tensor,

@@ -66,7 +66,8 @@ class Mamba2Config:
     use_conv_bias: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "vocab_size", "d_state", "d_conv", "headdim"):
+        sizes = ("d_model", "n_layers", "vocab_size", "d_state", "d_conv", "expand", "headdim")
+        for name in (*sizes, "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.d_inner % self.headdim:
@@ -385,8 +386,9 @@ class Mamba2LM(nn.Module):
         """
         self._check(input_ids, inputs_embeds, labels, shift_labels, attention_mask, seq_idx)
         if attention_mask is not None:
-            documents = torch.zeros_like(attention_mask) if seq_idx is None else seq_idx
-            seq_idx = documents.masked_fill(attention_mask == 0, -1).int()
+            if seq_idx is None:
+                seq_idx = torch.zeros_like(attention_mask, dtype=torch.int32)
+            seq_idx = seq_idx.masked_fill(attention_mask == 0, -1)
         if labels is not None:
             shift_labels = shifted_labels(labels, seq_idx)
         if state is not None:

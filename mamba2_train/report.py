@@ -10,6 +10,7 @@ it could not read. Equal inputs give equal bytes.
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -21,24 +22,18 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
-from jinja2 import Environment
+from jinja2 import ChainableUndefined, Environment
 from markupsafe import Markup
 
 from mamba2_train.errors import UserError
 
-Series = dict[float, float]  # step -> value, ascending
+Series = dict[float, float]  # step -> value, steps ascending
+Curve = tuple[np.ndarray, np.ndarray, dict[str, Any]]  # x, y, how it is drawn
 
 LINE, BASE, BAD, AXIS, GRID = "#fe0001", "#fe0002", "#fe0003", "#fe0004", "#fe0005"
-CSS_COLOURS = {
-    LINE: "var(--line)",
-    BASE: "var(--base)",
-    BAD: "var(--bad)",
-    AXIS: "currentColor",
-    GRID: "var(--rule)",
-}
-MAX_BUCKETS = 500  # of drawn points; each keeps its lowest and its highest, so spikes survive
-LOG_SCALE_FROM = 30.0  # highest over lowest value
-SMOOTHED_SHARE = 25  # the smoothed line averages over 1/25 of the readings
+CSS_VARIABLES = {LINE: "line", BASE: "base", BAD: "bad", AXIS: "muted", GRID: "rule"}
+MAX_POINTS = 500  # of a drawn curve; a raw one has twice as many, the extremes of each bucket
+LOG_FROM = 30.0  # highest over lowest value
 
 
 class Plot(NamedTuple):
@@ -56,7 +51,7 @@ PLOTS = (
     Plot("train/lr", "Learning rate", from_zero=True),
     Plot("train/grad_norm", "Gradient norm", smoothed=True),
     Plot("perf/tokens_per_sec", "Tokens per second", from_zero=True),
-    Plot("perf/peak_mem_gib", "Peak memory, GiB", from_zero=True),
+    Plot("perf/peak_mem_gib", "Peak memory (GiB)", from_zero=True),
 )
 
 
@@ -69,358 +64,280 @@ def write_report(run_dir: Path) -> Path:
         UserError: `run_dir` is not a folder.
     """
     if not run_dir.is_dir():
-        raise UserError(f"There is no run folder at {run_dir}: give the folder a run has written.")
+        raise UserError(f"there is no run folder at {run_dir}: give the folder that a run wrote")
     notes: list[str] = []
-    metrics = _read_metrics(run_dir / "csv" / "metrics.csv")
     result = _read_result(run_dir / "result.json", notes)
     samples = _read_samples(run_dir / "samples.jsonl", notes)
-    config = run_dir / "config.yaml"
-    base, final = _validation(result, "base", metrics), _validation(result, "final", metrics)
+    metrics = _read_metrics(run_dir / "csv" / "metrics.csv")
+    steps = sorted({step for series in metrics.values() for step in series})
+    validated = max(metrics.get("val/perplexity", {}), default=0.0)
+    base = _validation(metrics, 0.0) | _mapping(result.get("base"))
+    final = _validation(metrics, validated or None) | _mapping(result.get("final"))
+    finite = {c: [v for v in s.values() if math.isfinite(v)] for c, s in metrics.items()}
+    speed, mfu, memory = (
+        finite.get(f"perf/{name}") for name in ("tokens_per_sec", "mfu", "peak_mem_gib")
+    )
 
-    last_step = max((step for series in metrics.values() for step in series), default=0.0)
-    drawn = [plot for plot in PLOTS if metrics.get(plot.column)]
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=ChainableUndefined
+    )
+    environment.filters |= {f.__name__: _or_words(f) for f in (value, compact, duration)}
     template = resources.files("mamba2_train.assets").joinpath("report.html.jinja")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template.read_text(encoding="utf-8")).render(
         name=result.get("name") or run_dir.resolve().name,
-        status=result.get("status") or "no result yet",
+        result=result,
         notes=notes,
-        headline=_headline(result, metrics, base, final),
-        figures=[_figure(plot, metrics[plot.column], last_step, base) for plot in drawn],
-        missing=[plot.title.split(",")[0].lower() for plot in PLOTS if plot not in drawn],
+        base=base,
+        final=final,
+        change=_percent_change(base.get("val/perplexity"), final.get("val/perplexity")),
+        last_step=steps[-1] if steps else None,
+        speed=statistics.median(speed) if speed else None,
+        mfu=statistics.median(mfu) if mfu else None,
+        memory=max(memory) if memory else None,
+        figures=[
+            _figure(plot, metrics[plot.column], steps[-1], base.get("val/perplexity"))
+            for plot in PLOTS
+            if plot.column in metrics
+        ],
+        missing=[
+            plot.title[0].lower() + plot.title[1:] for plot in PLOTS if plot.column not in metrics
+        ],
         samples=samples,
-        facts=_facts(result),
-        command=result.get("command"),
-        next=result.get("next"),
-        files=_files(run_dir, _section(result, "outputs")),
-        versions=_section(result, "versions"),
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+        files=_files(run_dir, _mapping(result.get("outputs"))),
+        config=_read(run_dir / "config.yaml"),
     )
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8", errors="replace", newline="\n")  # lone surrogates: "?"
     return path
 
 
+def value(number: float) -> str:
+    """Four significant digits, trailing zeros among them; whole from a thousand on."""
+    if number == 0 or 1e3 <= abs(number) < 1e9:
+        return f"{number:,.0f}"
+    return f"{number:#.4g}".rstrip(".")
+
+
+def compact(number: float) -> str:
+    """Three significant digits and a unit from a million on: `640`, `13.8 M`, `1.34 B`."""
+    for unit, letter in ((1e9, "B"), (1e6, "M")):
+        if number >= unit:
+            return f"{number / unit:.3g} {letter}"
+    return f"{number:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """The two largest units: `2 d 3 h`, `1 h 12 min`, `5 min 3 s`; tenths below ten seconds."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    (hours, minutes), rest = divmod(round(seconds) // 60, 60), round(seconds) % 60
+    amounts = [(hours // 24, "d"), (hours % 24, "h"), (minutes, "min"), (rest, "s")]
+    while not amounts[0][0]:
+        del amounts[0]
+    return " ".join(f"{amount} {unit}" for amount, unit in amounts[:2] if amount)
+
+
+def _or_words(form: Callable[[float], str]) -> Callable[[Any], str]:
+    """`form` for whatever a file may hold in a number's place."""
+
+    def checked(number: Any) -> str:
+        if not _is_number(number):
+            return ""
+        return form(number) if math.isfinite(number) else "not finite"
+
+    return checked
+
+
+def _is_number(number: Any) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool)
+
+
+def _mapping(section: Any) -> dict[str, Any]:
+    return section if isinstance(section, dict) else {}
+
+
+def _percent_change(before: Any, after: Any) -> float | None:
+    if not (_is_number(before) and _is_number(after) and before > 0):
+        return None
+    change = 100 * (after / before - 1)
+    return change if math.isfinite(change) else None
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _read_result(path: Path, notes: list[str]) -> dict[str, Any]:
+    text = _read(path)
+    try:
+        result = json.loads(text or "{}")
+    except ValueError as error:
+        result = error
+    if not isinstance(result, dict):
+        notes.append(f"{path.name} could not be read: {result}")
+    return _mapping(result)
+
+
+def _read_samples(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    samples = []
+    # not splitlines: a sample may hold U+2028, which JSON leaves as it is
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        try:
+            samples.append(dict(json.loads(line or "{}")))
+        except (TypeError, ValueError):
+            notes.append(f"{path.name}: line {number} could not be read")
+    return [sample for sample in samples if sample]
+
+
 def _read_metrics(path: Path) -> dict[str, Series]:
-    """Column -> readings. Where a resumed run logged a step again, the later row counts."""
+    """Column -> readings. Of two rows with one step the first counts: the evaluation of the best
+    weights, after the last step, is logged at that step too."""
     metrics: dict[str, Series] = {}
-    if not path.is_file():
-        return metrics
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        for row in csv.DictReader(file):
-            step = _parsed(row.get("step"))
-            if step is None or not math.isfinite(step):
-                continue
-            for column, cell in row.items():
-                value = _parsed(cell)
-                if value is not None:
-                    metrics.setdefault(column, {})[step] = value
+    for row in csv.DictReader(io.StringIO(_read(path), newline="")):
+        cells = {column: _parsed(cell) for column, cell in row.items()}
+        step = cells.pop("step", None)
+        if step is None or not math.isfinite(step):
+            continue
+        for column, number in cells.items():
+            if number is not None:
+                metrics.setdefault(column, {}).setdefault(step, number)
     return {column: dict(sorted(series.items())) for column, series in metrics.items()}
 
 
 def _parsed(cell: Any) -> float | None:
     try:
         return float(cell)
-    except (TypeError, ValueError):  # an empty cell, a word, a torn row
+    except (TypeError, ValueError):  # an empty cell, a torn row
         return None
 
 
-def _read_result(path: Path, notes: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        notes.append(f"{path.name} could not be read: {error}.")
-        return {}
-    if isinstance(result, dict):
-        return result
-    notes.append(f"{path.name} could not be read: it holds a {type(result).__name__}.")
-    return {}
-
-
-def _read_samples(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    samples: list[dict[str, Any]] = []
-    if not path.is_file():
-        return samples
-    # not splitlines: a sample may hold U+2028, which JSON leaves as it is
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            sample = json.loads(line)
-        except ValueError:
-            sample = None
-        if isinstance(sample, dict):
-            samples.append(sample)
-        else:
-            notes.append(f"{path.name}: line {number} could not be read.")
-    return samples
-
-
-def _section(result: dict[str, Any], key: str) -> dict[str, Any]:
-    section = result.get(key)
-    return section if isinstance(section, dict) else {}
-
-
-def _validation(
-    result: dict[str, Any], key: str, metrics: dict[str, Series]
-) -> dict[str, float | None]:
-    """Loss and perplexity of "base" or "final": as the result has it, else as it was logged."""
-    found = {}
-    for column in ("val/loss", "val/perplexity"):
-        logged = metrics.get(column, {})
-        fallback = logged.get(0.0) if key == "base" else logged.get(max(logged, default=0.0) or -1)
-        found[column] = _number(_section(result, key).get(column, fallback))
-    return found
-
-
-def _headline(
-    result: dict[str, Any],
-    metrics: dict[str, Series],
-    base: dict[str, float | None],
-    final: dict[str, float | None],
-) -> list[dict[str, str]]:
-    """The row of figures: label, value, detail, and whether the value is good or bad news."""
-    before, after = base["val/perplexity"], final["val/perplexity"]
-    change, tone = "", ""
-    if before and after and math.isfinite(before) and math.isfinite(after):
-        percent = 100 * (after / before - 1)
-        change = f"{percent:+.1f} %".replace("-", "−")
-        tone = "bad" if percent > 0 else "good"
-    losses = _arrow(base["val/loss"], final["val/loss"])
-    speed = _finite(metrics, "perf/tokens_per_sec")
-    mfu = _finite(metrics, "perf/mfu")
-    memory = _finite(metrics, "perf/peak_mem_gib")
-    model = _section(result, "model")
-    parameters, trainable = _number(model.get("parameters")), _number(model.get("trainable"))
-    logged = max(metrics.get("train/loss", {}), default=None)
-    steps = _number(result.get("steps", logged))
-    seen = _number(result.get("tokens_seen"))
-    rows = [
-        ("Held-out perplexity", _arrow(before, after), change, tone),
-        ("Held-out loss", losses, "", ""),
-        ("Steps", _show(steps, _count), _show(seen, "{:,.0f} tokens".format), ""),
-        ("Time", _show(_number(result.get("seconds")), _duration), "", ""),
-        (
-            "Tokens per second",
-            _count(statistics.median(speed)) if speed else "",
-            f"median, MFU {100 * statistics.median(mfu):.1f} %" if mfu else "median",
-            "",
-        ),
-        ("Peak memory", f"{max(memory):.3g} GiB" if memory else "", "", ""),
-        (
-            "Trainable parameters",
-            _show(trainable, _count),
-            f"{100 * trainable / parameters:.3g} % of {_count(parameters)}"
-            if trainable is not None and parameters
-            else "",
-            "",
-        ),
-    ]
-    keys = ("label", "value", "detail", "tone")
-    return [dict(zip(keys, row, strict=True)) for row in rows if row[1]]
-
-
-def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
-    model, data = _section(result, "model"), _section(result, "data")
-
-    def size(split: str) -> str:
-        documents, tokens = (
-            _number(data.get(f"{split}_{unit}")) for unit in ("documents", "tokens")
-        )
-        parts = [
-            _show(documents, "{:,.0f} documents".format),
-            _show(tokens, "{:,.0f} tokens".format),
-        ]
-        return ", ".join(part for part in parts if part)
-
-    rows = [
-        ("Model", str(model.get("source") or "")),
-        ("Training data", size("train")),
-        ("Held-out data", size("val")),
-        ("Device", str(result.get("device") or "")),
-        ("Started", str(result.get("started") or "").replace("T", " ")),
-    ]
-    return [row for row in rows if row[1]]
+def _validation(metrics: dict[str, Series], step: float | None) -> dict[str, Any]:
+    columns = ("val/loss", "val/perplexity")
+    return {c: metrics[c][step] for c in columns if step in metrics.get(c, {})}
 
 
 def _files(run_dir: Path, outputs: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Label, path, and a link where the path lies in the run folder."""
-    own = {"config": "config.yaml", "metrics": "csv/metrics.csv", "result": "result.json"}
-    own["samples"] = "samples.jsonl"
-    present = {label: path for label, path in own.items() if (run_dir / path).is_file()}
+    own = ("config.yaml", "csv/metrics.csv", "result.json", "samples.jsonl")
+    found = {Path(path).stem: path for path in own if (run_dir / path).is_file()}
     rows = []
-    for label, path in {**outputs, **present}.items():
+    for label, path in (outputs | found).items():
         inside = not Path(str(path)).is_absolute() and (run_dir / str(path)).exists()
         rows.append((label, str(path), f"./{quote(str(path))}" if inside else ""))
     return rows
 
 
-def _figure(
-    plot: Plot, series: Series, last_step: float, base: dict[str, float | None]
-) -> dict[str, Any]:
+def _figure(plot: Plot, series: Series, last_step: float, base: Any) -> dict[str, Any]:
     """Title, caption, description and drawing of one column."""
     steps, values = np.array(list(series)), np.array(list(series.values()))
     finite = np.isfinite(values)
-    n_bad = int((~finite).sum())
-    bad = f"{n_bad} of {len(values)} readings not finite" if n_bad else ""
-    figure = {"title": plot.title, "bad": bad, "caption": "", "description": "", "svg": None}
-    if not finite.any():
-        return figure
+    n_bad = len(values) - int(finite.sum())
+    bad = f"{n_bad:,} of {len(values):,} not finite" if n_bad else ""
+    if n_bad == len(values):
+        return {"title": plot.title, "bad": bad}
     x, y = steps[finite], values[finite]
-    reference = base["val/perplexity"] if plot.column == "val/perplexity" else None
-    if reference is not None and not math.isfinite(reference):
-        reference = None
-    window = len(y) // SMOOTHED_SHARE if plot.smoothed else 0
-    figure["caption"] = ", ".join(
-        part
-        for part in (
-            f"last {_value(y[-1])}",
-            f"dashed: base model, {_value(reference)}" if reference is not None else "",
-            f"bold: mean of {window} readings" if window > 1 else "",
-        )
-        if part
-    )
-    figure["description"] = (
-        f"{plot.title} by step: {len(y)} readings, first {_value(y[0])}, lowest "
-        f"{_value(y.min())}, highest {_value(y.max())}, last {_value(y[-1])}"
-    )
-    figure["svg"] = _draw(plot, x, y, steps[~finite], last_step, window, reference)
-    return figure
+    caption = [f"last {value(y[-1])}"]
+    curves: list[Curve] = []
+    if plot.column == "val/perplexity" and _is_number(base) and math.isfinite(base):
+        style = {"color": BASE, "linestyle": (0, (4, 3)), "linewidth": 1.4}
+        curves.append((np.array([0.0, last_step]), np.array([base, base]), style))
+        caption.append(f"dashed: base model, {value(base)}")
+    half_window = len(y) // 50 if plot.smoothed else 0
+    if half_window:
+        curves.append((*_thinned(x, y), {"color": LINE, "linewidth": 0.9, "alpha": 0.35}))
+        curves.append((*_running_median(x, y, half_window), {"color": LINE, "linewidth": 2}))
+        caption.append(f"bold: median of {2 * half_window + 1:,} readings")
+    else:
+        marker = {"marker": "o", "markersize": 4} if len(y) <= 25 else {}
+        curves.append((*_thinned(x, y), {"color": LINE, "linewidth": 1.6, **marker}))
+    drawn = np.concatenate([y for _, y, _ in curves])
+    log = not plot.from_zero and bool(drawn.min() > 0) and drawn.max() / drawn.min() > LOG_FROM
+    if log:
+        caption.append("log scale")
+    return {
+        "title": plot.title,
+        "bad": bad,
+        "caption": ", ".join(caption),
+        "description": f"{plot.title} by step, {len(y)} readings: first {value(y[0])}, lowest "
+        f"{value(y.min())}, highest {value(y.max())}, last {value(y[-1])}",
+        "svg": _draw(plot, curves, steps[~finite], last_step, log),
+    }
+
+
+def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest point of each bucket, so that spikes survive."""
+    if len(x) <= 2 * MAX_POINTS:
+        return x, y
+    keep = {0, len(x) - 1}
+    for low, high in itertools.pairwise(np.linspace(0, len(x), MAX_POINTS + 1).astype(int)):
+        keep |= {low + int(y[low:high].argmin()), low + int(y[low:high].argmax())}
+    index = sorted(keep)
+    return x[index], y[index]
+
+
+def _running_median(x: np.ndarray, y: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray]:
+    """Median over `half` readings to either side, or those that exist: a spike leaves no trace."""
+    centres = np.unique(np.linspace(0, len(x) - 1, MAX_POINTS).astype(int))
+    return x[centres], np.array([np.median(y[max(0, c - half) : c + half + 1]) for c in centres])
 
 
 def _draw(
-    plot: Plot,
-    x: np.ndarray,
-    y: np.ndarray,
-    bad_steps: np.ndarray,
-    last_step: float,
-    window: int,
-    reference: float | None,
+    plot: Plot, curves: list[Curve], bad_steps: np.ndarray, last_step: float, log: bool
 ) -> Markup:
     """The plot as an `<svg>` element whose colours are CSS variables and whose ids are its own."""
-    import matplotlib.style  # here: it costs a second, and only this function needs it
+    import matplotlib.style  # here: only this function needs it, and it is slow to load
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    name = plot.column.replace("/", "-").replace("_", "-")
-    own_style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10.5}
-    buffer = io.StringIO()
-    with matplotlib.style.context(["default", own_style]):  # not the user's matplotlibrc
+    name = re.sub(r"\W", "-", plot.column)
+    ours = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10.5}
+    with matplotlib.style.context(["default", ours]):  # whatever the user's matplotlibrc says
         figure = Figure(figsize=(400 / 72, 215 / 72))
         axes = figure.add_axes((0.12, 0.13, 0.86, 0.83))
-        if reference is not None:
-            axes.axhline(reference, color=BASE, linestyle=(0, (4, 3)), linewidth=1.4)
-        marker = "o" if len(x) <= 25 else None
-        if window > 1:
-            axes.plot(*_thinned(x, y), color=LINE, linewidth=0.9, alpha=0.35)
-            axes.plot(*_thinned(x, _smoothed(y, window)), color=LINE, linewidth=2)
-        else:
-            axes.plot(*_thinned(x, y), color=LINE, linewidth=1.6, marker=marker, markersize=4)
-        axes.plot(
-            bad_steps,
-            np.full(len(bad_steps), 0.03),
-            "|",
-            color=BAD,
-            transform=axes.get_xaxis_transform(),
-        )
+        for x, y, style in curves:
+            axes.plot(x, y, **style)
+        floor = np.full(len(bad_steps), 0.03)
+        axes.plot(bad_steps, floor, "|", color=BAD, transform=axes.get_xaxis_transform())
 
-        # one step axis for all plots, so that they can be compared
-        axes.set_xlim(-0.02 * max(last_step, 1), 1.02 * max(last_step, 1))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
-        if y.min() > 0 and y.max() / y.min() > LOG_SCALE_FROM and not plot.from_zero:
+        end = max(last_step, 1)  # one step axis for all plots, so that they can be compared
+        axes.set_xlim(-0.02 * end, 1.02 * end)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        low, high = min(y.min() for _, y, _ in curves), max(y.max() for _, y, _ in curves)
+        if plot.from_zero and low >= 0 and high > 0:
+            axes.set_ylim(0, 1.08 * high)
+        if log:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=7))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if high / low < 1e3 else (1,)))
             axes.yaxis.set_minor_locator(NullLocator())
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(5))
-            if plot.from_zero and y.min() >= 0 and y.max() > 0:
-                axes.set_ylim(0, 1.08 * y.max())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda tick, _: _tick(tick)))
         axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
         axes.tick_params(colors=AXIS, length=0, pad=5)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(GRID)
-        axes.set_axisbelow(True)
+        buffer = io.StringIO()
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
 
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]  # without the XML declaration and the DTD's address
     svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for placeholder, colour in CSS_COLOURS.items():
-        svg = svg.replace(placeholder, colour)
+    for placeholder, variable in CSS_VARIABLES.items():
+        svg = svg.replace(placeholder, f"var(--{variable})")
     return Markup(svg)
 
 
-def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if len(x) <= 2 * MAX_BUCKETS:
-        return x, y
-    edges = np.linspace(0, len(x), MAX_BUCKETS + 1).astype(int)
-    keep = {0, len(x) - 1}
-    for low, high in zip(edges, edges[1:], strict=False):
-        keep |= {low + int(y[low:high].argmin()), low + int(y[low:high].argmax())}
-    index = sorted(keep)
-    return x[index], y[index]
-
-
-def _smoothed(y: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean; at both ends over the readings that exist."""
-    kernel = np.ones(window)
-    return np.convolve(y, kernel, "same") / np.convolve(np.ones(len(y)), kernel, "same")
-
-
-def _finite(metrics: dict[str, Series], column: str) -> list[float]:
-    return [value for value in metrics.get(column, {}).values() if math.isfinite(value)]
-
-
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number else None
-
-
-def _show(value: float | None, form: Callable[[float], str]) -> str:
-    """`form(value)`; nothing for nothing, and a word for what is not finite."""
-    if value is None:
-        return ""
-    return form(value) if math.isfinite(value) else "not finite"
-
-
-def _arrow(before: float | None, after: float | None) -> str:
-    return " → ".join(part for part in (_show(before, _value), _show(after, _value)) if part)
-
-
-def _value(value: float) -> str:
-    """Four significant digits, without an exponent for what a reader meets."""
-    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
-
-
-def _count(value: float) -> str:
-    for unit, name in ((1e9, "B"), (1e6, "M")):
-        if value >= unit:
-            return f"{value / unit:.3g} {name}"
-    return f"{value:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    """The two largest units: `2 d 3 h`, `1 h 12 min`, `5 min 3 s`; tenths below ten seconds."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    rest, parts = round(seconds), []
-    for unit, name in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
-        amount, rest = divmod(rest, unit)
-        if amount or parts:
-            parts.append((amount, name))
-    return " ".join(f"{amount} {name}" for amount, name in parts[:2] if amount)
-
-
-def _tick(value: float) -> str:
-    if abs(value) >= 1e4:
-        return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
-    if 0 < abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.6e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}".replace("-", "−")
-    return f"{value:g}".replace("-", "−")
+def _tick(number: float) -> str:
+    size = abs(number)
+    if size >= 1e9 or 0 < size < 1e-3:
+        mantissa, exponent = f"{number:.5e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+    elif size >= 1e6:
+        text = f"{number / 1e6:g}M"
+    elif size >= 1e4:
+        text = f"{number / 1e3:g}k"
+    else:
+        text = f"{number:g}"
+    return text.replace("-", "−")

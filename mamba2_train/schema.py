@@ -17,6 +17,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -24,7 +25,7 @@ from mamba2_train.data.config import DataConfig
 from mamba2_train.errors import UserError, nearest
 from mamba2_train.model import PRESETS, Checkpointing
 
-LoraTarget = Literal["in_proj", "out_proj", "embeddings", "lm_head"]
+LORA_TARGETS = ("in_proj", "out_proj", "embeddings", "lm_head")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -66,15 +67,22 @@ class LoraConfig(Group):
     alpha: PositiveFloat = Field(description="the update is scaled by alpha / r")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(r) instead")
-    targets: list[LoraTarget] | Literal["all-linear"] = Field(
+    targets: list[str] | Literal["all-linear"] = Field(
         description="modules to adapt; all-linear: in_proj and out_proj"
     )
 
-    @model_validator(mode="after")
-    def _some_target(self) -> "LoraConfig":
-        if not self.targets:
-            raise ValueError("targets is empty: name at least one module, or set adapter=full")
-        return self
+    @field_validator("targets")
+    @classmethod
+    def _known_targets(cls, targets: list[str] | str) -> list[str] | str:
+        if not targets:
+            raise ValueError("is empty: name at least one module, or set adapter=full")
+        for target in targets if isinstance(targets, list) else ():
+            if target not in LORA_TARGETS:
+                raise ValueError(
+                    f"'{target}' is no module to adapt.{nearest(target, LORA_TARGETS)} "
+                    f"Known: {', '.join(LORA_TARGETS)}, or all-linear"
+                )
+        return targets
 
     @property
     def target_names(self) -> list[str]:
@@ -232,22 +240,32 @@ def validated(schema: type[Group], values: dict[str, Any]) -> Any:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise UserError("; ".join(_fault(schema, e) for e in error.errors())) from error
+        faults: dict[str, str] = {}
+        for fault in error.errors():
+            # a union fails once for each of its types; the first is the likeliest
+            where, what = _fault(schema, fault)
+            faults.setdefault(where, what)
+        message = "; ".join(f"{where}: {what}" for where, what in faults.items())
+        raise UserError(message) from error
 
 
-def _fault(schema: type[BaseModel], error: Any) -> str:
-    # a discriminated union puts its tag into the path, which is no key of the user's
-    path = [str(p) for p in error["loc"] if p not in ("lora", "full")]
+def _fault(schema: type[BaseModel], error: Any) -> tuple[str, str]:
+    """Where, as the user writes it, and what."""
+    path = [str(p) for p in error["loc"] if isinstance(p, int) or _is_key(p)]
     where = ".".join(path) or "config"
     if error["type"] == "extra_forbidden":
         known = _fields(schema, path[:-1])
-        hint = nearest(path[-1], known)
-        return f"{where}: unknown key.{hint} Known: {', '.join(sorted(known))}"
+        return where, f"unknown key.{nearest(path[-1], known)} Known: {', '.join(sorted(known))}"
     if error["type"] == "missing":
-        return f"{where}: needs a value"
+        return where, "needs a value"
     if error["type"] == "value_error":
-        return f"{where}: {error['ctx']['error']}"
-    return f"{where}: {error['msg']} (got {error['input']!r})"
+        return where, str(error["ctx"]["error"])
+    return where, f"{error['msg']} (got {error['input']!r})"
+
+
+def _is_key(part: str) -> bool:
+    """Not so: a union's tag or one of its types, which pydantic puts into the path."""
+    return part.isidentifier() and part not in ("lora", "full", "int", "float", "str")
 
 
 def _fields(schema: type[BaseModel], path: list[str]) -> list[str]:

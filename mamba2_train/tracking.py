@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from omegaconf import OmegaConf
 
 from mamba2_train.errors import UserError
 from mamba2_train.schema import LoggerConfig
@@ -30,15 +29,15 @@ def build_loggers(config: LoggerConfig, name: str, run_dir: Path) -> list[Logger
         # its own banner and console capture would bury the summary
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_CONSOLE", "off")
-        loggers.append(
-            WandbLogger(
-                name=f"{name}-{run_dir.name}",
-                project=config.project,
-                save_dir=run_dir,
-                offline=config.wandb == "offline",
-                tags=config.tags,
-            )
+        wandb = WandbLogger(
+            name=f"{name}-{run_dir.name}",
+            project=config.project,
+            save_dir=run_dir,
+            offline=config.wandb == "offline",
+            tags=config.tags,
         )
+        wandb._wandb_init.pop("anonymous", None)  # Lightning sets it, wandb 0.31 warns of it
+        loggers.append(wandb)
     return loggers
 
 
@@ -59,11 +58,6 @@ def run_stamp() -> str:
             store.set("stamp", now)
         return store.get("stamp").decode()
     return env.get("SLURM_JOB_ID", now)
-
-
-def register_run_stamp() -> None:
-    """Make `${run_stamp:}` known to the configs."""
-    OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -41,7 +41,7 @@ class ArgumentCheck:
         """Check one tensor; None passes, for arguments that may be left out.
 
         Args:
-            dimensions: names, separated by spaces; "..." in front stands for any number of them.
+            dimensions: names, as in "batch, seq_len"; "..." in front stands for any number of them.
             dtypes: the dtypes that are accepted; `dtype_of` names the argument they come from.
             dense: the last dimension must have stride 1.
         """
@@ -49,7 +49,7 @@ class ArgumentCheck:
             return
         if hasattr(value, "to_local"):
             self.fail(name, "is a DTensor, and ops take local tensors", "pass value.to_local()")
-        names = dimensions.split()
+        names = dimensions.split(", ")
         leading = names[0] == "..."
         if leading:
             names = names[1:]
@@ -80,6 +80,11 @@ class ArgumentCheck:
         if value is not None and value.shape != other.shape:
             cure = f"{other_name} has shape {tuple(other.shape)}"
             self.fail(name, f"has shape {tuple(value.shape)}", cure)
+
+    def no_gradient(self, name: str, value: Tensor) -> None:
+        """Check that a tensor an op writes to takes no part in autograd."""
+        if value.requires_grad:
+            self.fail(name, "requires a gradient and is updated in place", "pass it detached")
 
     def size(self, dimension: str) -> int:
         """The size that a dimension's name stands for in this call."""

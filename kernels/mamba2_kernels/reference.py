@@ -174,9 +174,7 @@ def gated_rms_norm(
 ) -> Tensor:
     """The norm of x silu(z), group by group: the gate comes before the norm."""
     square_sum = gated_square_sum(x, z, group_size=group_size)
-    return gated_scale(
-        x, z, square_sum, weight, eps=eps, group_size=group_size, count=group_size
-    )
+    return gated_scale(x, z, square_sum, weight, eps=eps, group_size=group_size, count=group_size)
 
 
 def _step_size(

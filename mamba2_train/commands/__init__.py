@@ -14,33 +14,44 @@ from collections.abc import Callable
 from typing import Any
 
 import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from rich.console import Console
 
 from mamba2_train.errors import UserError, nearest
 from mamba2_train.schema import Group, validated
-from mamba2_train.tracking import register_run_stamp
+from mamba2_train.tracking import run_stamp
 
 console = Console(highlight=False)
 
 
-def command(schema: type[Group], config_name: str) -> Callable[..., Callable[[], None]]:
-    """Turn `run(config)` into a `main()` that reads the command line."""
+def command(
+    schema: type[Group], config_name: str, free_text: tuple[str, ...] = ()
+) -> Callable[..., Callable[[], None]]:
+    """Turn `run(config)` into a `main()` that reads the command line.
+
+    Args:
+        free_text: keys whose values are taken as they are. Elsewhere Hydra's grammar gives
+            commas, brackets, quotes and colons a meaning, which no prose survives.
+    """
 
     def decorate(run: Callable[[Any], None]) -> Callable[[], None]:
         @functools.wraps(run)
         def task(composed: DictConfig) -> None:
-            run(validated(schema, OmegaConf.to_container(composed, resolve=True)))  # type: ignore[arg-type]
+            # inside, or Hydra would announce the fault with a line of its own
+            with _one_line_errors():
+                run(validated(schema, OmegaConf.to_container(composed, resolve=True)))  # type: ignore[arg-type]
 
         def main() -> None:
-            register_run_stamp()
+            extend_hydra()
             # Hydra then raises its errors instead of printing them, and we print all alike
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-            if sys.stderr.isatty():
-                logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-            warnings.filterwarnings("ignore", module="lightning")
+            sys.argv[1:] = [_quoted(argument, free_text) for argument in sys.argv[1:]]
+            _quiet()
             with _one_line_errors():
                 hydra.main(
                     version_base="1.3", config_path="pkg://mamba2_configs", config_name=config_name
@@ -49,6 +60,38 @@ def command(schema: type[Group], config_name: str) -> Callable[..., Callable[[],
         return main
 
     return decorate
+
+
+class _OurConfigs(SearchPathPlugin):
+    """A recipe, ours or a user's from anywhere, finds `train` and the groups; ours need no
+    --config-dir."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("mamba2-train", "pkg://mamba2_configs")
+        search_path.append("mamba2-train", "pkg://mamba2_recipes")
+
+
+def extend_hydra() -> None:
+    """Make our configs and `${run_stamp:}` known to Hydra."""
+    OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True)
+    Plugins.instance().register(_OurConfigs)
+
+
+def _quoted(argument: str, free_text: tuple[str, ...]) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals or key not in free_text or value[:1] in ("'", '"'):
+        return argument
+    value = re.sub(r"(\\*)'", r"\1\1\'", value)  # Hydra's own escapes, inside single quotes
+    return f"{key}='{value}'"
+
+
+def _quiet() -> None:
+    """Our own log lines are shown from INFO on, those of the libraries from WARNING on."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("mamba2_train").setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
 
 
 class _one_line_errors:
@@ -92,4 +135,4 @@ def _composition_fault(error: Exception) -> str:
             known = [str(k) for k in parent]
             hint = nearest(str(key).rsplit(".", 1)[-1], known)
             return f"{key}: unknown key.{hint} Known: {', '.join(sorted(known))}"
-    return str(error)
+    return str(error).split("Config search path:")[0]

@@ -23,7 +23,7 @@ from mamba2_train.model import Mamba2LM
 from mamba2_train.schema import GenerateConfig
 
 
-@command(GenerateConfig, "generate")
+@command(GenerateConfig, "generate", free_text=("prompt",))
 def main(config: GenerateConfig) -> None:
     model, tokenizer = load_for_generation(config.model)
     ids = tokenizer.encode(config.prompt) or [tokenizer.bos_token_id or tokenizer.eos_token_id]

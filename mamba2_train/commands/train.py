@@ -217,7 +217,7 @@ class Run:
             "steps": steps,
             "device": self.module.device.type,
             "outputs": {kind: kind, "checkpoint": "checkpoints/last.ckpt", "metrics": "csv/metrics.csv"},
-            "next": shlex.join(["mamba2-generate", f"model={target}", f"prompt={prompt!r}"]),
+            "next": shlex.join(["mamba2-generate", f"model={target}", f"prompt={prompt}"]),
         }
         write_json(self.folder / "result.json", self.result)
         lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)

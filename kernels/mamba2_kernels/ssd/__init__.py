@@ -16,6 +16,7 @@ from torch import Tensor
 from mamba2_kernels import reference
 from mamba2_kernels.backend import resolve_backend, triton_path
 from mamba2_kernels.checks import ArgumentCheck, check_dt_limit, check_values
+from mamba2_kernels.precision import compute_dtype, widen
 from mamba2_kernels.ssd import torch_path
 
 INFINITY = float("inf")
@@ -37,7 +38,7 @@ def ssd_scan(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:  # Tensor, or a pair of them: see Returns
     """Run the scan over whole sequences.
 
     Gradients reach x, dt, A, B, C, D, dt_bias and initial_state, through y and the final state, in
@@ -71,17 +72,17 @@ def ssd_scan(
     """
     op = "ssd_scan"
     check = ArgumentCheck(op)
-    check.tensor("x", x, "batch seq_len n_heads headdim", dense=True)
-    check.tensor("dt", dt, "batch seq_len n_heads")
+    check.tensor("x", x, "batch, seq_len, n_heads, headdim", dense=True)
+    check.at_least_one("seq_len")
+    check.tensor("dt", dt, "batch, seq_len, n_heads")
     check.tensor("A", A, "n_heads")
     for name, tensor in (("B", B), ("C", C)):
-        dims = "batch seq_len n_groups d_state"
+        dims = "batch, seq_len, n_groups, d_state"
         check.tensor(name, tensor, dims, dtypes=(x.dtype,), dtype_of="x", dense=True)
     check.tensor("D", D, "n_heads")
     check.tensor("dt_bias", dt_bias, "n_heads")
-    check.tensor("seq_idx", seq_idx, "batch seq_len", dtypes=(torch.int32,))
-    check.tensor("initial_state", initial_state, "batch n_heads headdim d_state")
-    check.at_least_one("seq_len")
+    check.tensor("seq_idx", seq_idx, "batch, seq_len", dtypes=(torch.int32,))
+    check.tensor("initial_state", initial_state, "batch, n_heads, headdim, d_state")
     check.divides("n_groups", "n_heads")
     if chunk_size < 1:
         raise ValueError(f"{op}: chunk_size is {chunk_size}: it must be at least 1")
@@ -89,13 +90,11 @@ def ssd_scan(
     check_values(op, A=A, seq_idx=seq_idx)
     backend = resolve_backend(op, backend, x.device)
     if backend == "reference":
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        floats = (x, dt, A, B, C, D, dt_bias, initial_state)
-        x_, dt, A, B, C, D, dt_bias, initial_state = (
-            None if t is None else t.to(dtype) for t in floats
+        wide_x, dt, A, B, C, D, dt_bias, initial_state = widen(
+            compute_dtype(x), x, dt, A, B, C, D, dt_bias, initial_state
         )
         y, final_state = reference.ssd_scan(
-            x_,
+            wide_x,
             dt,
             A,
             B,
@@ -184,10 +183,9 @@ def _(
     return_final_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     batch, _, n_heads, headdim = x.shape
     state_shape = (batch, n_heads, headdim, B.shape[3]) if return_final_state else (0,)
-    return x.new_empty(x.shape), x.new_empty(state_shape, dtype=dtype)
+    return x.new_empty(x.shape), x.new_empty(state_shape, dtype=compute_dtype(x))
 
 
 @torch.library.custom_op("mamba2_kernels::ssd_scan_backward", mutates_args=())
@@ -256,16 +254,14 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:9])
     ctx.dt_options = inputs[9:12]
-    ctx.chunk_size, _, ctx.backend = inputs[12:]
+    ctx.chunk_size, ctx.has_final_state, ctx.backend = inputs[12:]
 
 
 def _gradients(ctx: Any, dy: Tensor | None, d_final_state: Tensor | None) -> tuple[Any, ...]:
-    x, dt, A, B, C, D, dt_bias, seq_idx, initial_state = ctx.saved_tensors
-    if dy is None:
-        dy = torch.zeros_like(x)
+    x, *_, D, dt_bias, _, initial_state = ctx.saved_tensors
     dx, ddt, dA, dB, dC, dD, ddt_bias, d_initial_state = _ssd_scan_backward(
-        dy,
-        d_final_state,
+        torch.zeros_like(x) if dy is None else dy,
+        d_final_state if ctx.has_final_state else None,
         *ctx.saved_tensors,
         *ctx.dt_options,
         ctx.chunk_size,

@@ -7,7 +7,6 @@ start of a chunk.
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +24,8 @@ class Chunk:
     B: Tensor  # (b, g, q, n)
     C: Tensor  # (b, g, q, n)
     dy: Tensor | None  # (b, q, h, p)
-    decay: Tensor  # (b, h, i, j) exp(cs_i - cs_j) dt_j, 0 for j > i
+    cs: Tensor  # (b, h, q) float64
+    factor: Tensor  # (b, h, q) dt
     same_document: Tensor | None  # (b, 1, i, j), None where no document begins
     from_start: Tensor  # (b, q, h) exp(cs_i), what y_i sees of the state at the start
     to_end: Tensor  # (b, q, h) exp(cs_end - cs_j) dt_j, what the state at the end sees of x_j
@@ -40,14 +40,22 @@ class Chunk:
         headdim = self.x.shape[3]
         return per_group.unflatten(3, (-1, headdim)).transpose(1, 2).flatten(2, 3)
 
-    def kept(self, state: Tensor) -> Tensor:
-        """What is left at the chunk's end of a state (b, g, n, r p) at its start."""
+    def pair_decay(self) -> Tensor:
+        """exp(cs_i - cs_j) dt_j for j <= i: (b, h, i, j)."""
+        difference = (self.cs[..., :, None] - self.cs[..., None, :]).to(self.x.dtype)
+        # tril before exp: above the diagonal exp could overflow.
+        return difference.tril_().exp_().mul_(self.factor[:, :, None])
+
+    def carry(self, state: Tensor, update: Tensor) -> Tensor:
+        """Add to `update`, in place, what is left of `state` across the chunk: (b, g, n, r p)."""
+        heads = (-1, self.x.shape[3])
         keep = self.keep.unflatten(1, (self.B.shape[1], 1, -1, 1))
-        return (state.unflatten(3, (-1, self.x.shape[3])) * keep).flatten(3)
+        update.unflatten(3, heads).addcmul_(state.unflatten(3, heads), keep)
+        return update
 
     def sum_by_head(self, per_state: Tensor) -> Tensor:
         """(b, g, n, r p) to (b, h)."""
-        return per_state.unflatten(3, (-1, self.x.shape[3])).sum(dim=(2, 4)).flatten(1)
+        return per_state.sum(dim=2).unflatten(2, (-1, self.x.shape[3])).sum(dim=3).flatten(1)
 
     def scores(self) -> Tensor:
         """C_i . B_j within a document, 0 for j > i: (b, g, i, j)."""
@@ -92,9 +100,9 @@ class Chunks:
         end = cs[:, :, -1:]
         self.cs_by_head = cs.transpose(2, 3).contiguous()  # (b, c, h, q)
         self.factor_by_head = factor.transpose(2, 3).contiguous()
-        self.from_start = cs.to(self.dtype).exp_()
-        self.to_end = (end - cs).to(self.dtype).exp_() * factor
-        self.keep = end[:, :, 0].to(self.dtype).exp_()
+        self.from_start = cs.exp().to(self.dtype)
+        self.to_end = (end - cs).exp().to(self.dtype) * factor
+        self.keep = end[:, :, 0].exp().to(self.dtype)
         self.padding: Tensor | None = None
         if seq_idx is not None:
             self._separate_documents(seq_idx)
@@ -141,10 +149,6 @@ class Chunks:
             if self.has_boundary[index]:
                 document = self.document[:, index, :size]
                 same_document = (document[:, :, None] == document[:, None, :])[:, None]
-        cs = self.cs_by_head[:, index, :, :size]
-        # tril before exp: above the diagonal exp could overflow.
-        decay = (cs[..., :, None] - cs[..., None, :]).to(self.dtype).tril_().exp_()
-        decay *= self.factor_by_head[:, index, :, None, :size]
         assert x is not None
         assert B is not None
         assert C is not None
@@ -154,7 +158,8 @@ class Chunks:
             B=B.transpose(1, 2),
             C=C.transpose(1, 2),
             dy=dy,
-            decay=decay,
+            cs=self.cs_by_head[:, index, :, :size],
+            factor=self.factor_by_head[:, index, :, :size],
             same_document=same_document,
             from_start=self.from_start[:, index, :size],
             to_end=self.to_end[:, index, :size],

@@ -25,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamba2_kernels.precision import compute_dtype
 from mamba2_kernels.ssd.chunks import Chunk, Chunks
 
 CHUNKS_PER_BLOCK = 16  # the least number of states the backward pass holds at a time
-TINY_STEP = 1e-30  # stands for a step size of 0 where the backward pass divides by it
+TINY_STEP = 1e-20  # stands for smaller step sizes where the backward pass divides by them
 SOFTPLUS_THRESHOLD = 20.0  # F.softplus is the identity above it
 
 
@@ -51,16 +52,17 @@ def forward(
     """Return y and the final state, empty when it is not asked for."""
     steps = _steps(x, dt, dt_bias, seq_idx, dt_softplus, dt_min, dt_max)
     chunks = Chunks(x, steps.dt, A, B, C, seq_idx)
-    D = None if D is None else D.to(chunks.dtype)
+    skip = None if D is None else D.to(chunks.dtype)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     state = _pack(initial_state, chunks)
     for index in range(chunks.n_chunks):
         chunk = chunks[index]
-        y[:, chunk.tokens] = _output(chunk, D, state)
+        y[:, chunk.tokens] = _output(chunk, skip, state)
         if return_final_state or index + 1 < chunks.n_chunks:
             state = _next_state(chunk, state)
-    final_state = _unpack(state, x.shape[3]) if return_final_state else y.new_empty(0, dtype=chunks.dtype)
-    return y, final_state
+    if not return_final_state:
+        return y, y.new_empty(0, dtype=chunks.dtype)
+    return y, _unpack(state, x.shape[3])
 
 
 def backward(
@@ -82,17 +84,19 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return dx, ddt, dA, dB, dC, dD, ddt_bias and d_initial_state; empty for inputs left out."""
     steps = _steps(x, dt, dt_bias, seq_idx, dt_softplus, dt_min, dt_max)
-    dt_factor = torch.where(steps.dt == 0, TINY_STEP, steps.dt)
+    dt_factor = torch.where(steps.dt.abs() < TINY_STEP, TINY_STEP, steps.dt)
     chunks = Chunks(x, steps.dt, A, B, C, seq_idx, dy, dt_factor=dt_factor)
-    D = None if D is None else D.to(chunks.dtype)
+    skip = None if D is None else D.to(chunks.dtype)
     dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, B, C))
-    d_cs, d_factor = torch.empty_like(steps.dt), torch.empty_like(steps.dt)
-    d_end = torch.empty_like(chunks.keep)
-    dD = torch.zeros_like(d_end[0, 0])
+    d_factor = torch.empty_like(steps.dt)
+    # float64: sums that cancel, up to the little that passes a position, follow.
+    d_cs = torch.empty_like(d_factor, dtype=torch.float64)
+    d_end = torch.empty_like(chunks.keep, dtype=torch.float64)
+    dD = torch.zeros_like(steps.dt[0, 0])
     d_state = _pack(d_final_state, chunks)
     for index, state in _states_backwards(chunks, _pack(initial_state, chunks)):
         chunk = chunks[index]
-        gradient = _chunk_backward(chunk, D, state, d_state)
+        gradient = _chunk_backward(chunk, skip, state, d_state)
         dx[:, chunk.tokens] = gradient.x
         dB[:, chunk.tokens] = gradient.B.transpose(1, 2)
         dC[:, chunk.tokens] = gradient.C.transpose(1, 2)
@@ -102,20 +106,18 @@ def backward(
         dD += gradient.D
         d_state = gradient.state
     # dt A at a position is part of cs there and at all that follow in the chunk.
-    following = chunks.split(d_cs.double()).flip(2).cumsum(2).flip(2)
+    following = chunks.split(d_cs).flip(2).cumsum(2).flip(2)
     d_log_decay = chunks.join(following + d_end[:, :, None]).to(chunks.dtype)
     ddt = (d_factor / dt_factor + d_log_decay * A.to(chunks.dtype)) * steps.slope
-    empty = x.new_empty(0)
-    return (
-        dx,
-        ddt.to(dt.dtype),
-        (d_log_decay * steps.dt).sum(dim=(0, 1)).to(A.dtype),
-        dB,
-        dC,
-        empty if D is None else dD,
-        empty if dt_bias is None else ddt.sum(dim=(0, 1)).to(dt_bias.dtype),
-        empty if initial_state is None else _unpack(d_state, x.shape[3]).to(initial_state.dtype),
-    )
+    dA = (d_log_decay * steps.dt).sum(dim=(0, 1)).to(A.dtype)
+    d_skip, d_bias, d_initial_state = (x.new_empty(0) for _ in range(3))
+    if D is not None:
+        d_skip = dD.to(D.dtype)
+    if dt_bias is not None:
+        d_bias = ddt.sum(dim=(0, 1)).to(dt_bias.dtype)
+    if initial_state is not None:
+        d_initial_state = _unpack(d_state, x.shape[3]).to(initial_state.dtype)
+    return dx, ddt.to(dt.dtype), dA, dB, dC, d_skip, d_bias, d_initial_state
 
 
 class _Steps(NamedTuple):
@@ -132,7 +134,7 @@ def _steps(
     dt_min: float,
     dt_max: float,
 ) -> _Steps:
-    dt = dt.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    dt = dt.to(compute_dtype(x))
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     slope = torch.ones_like(dt)
@@ -156,21 +158,22 @@ def _pack(state: Tensor | None, chunks: Chunks) -> Tensor | None:
     return grouped.permute(0, 1, 4, 2, 3).flatten(3)
 
 
-def _unpack(state: Tensor, headdim: int) -> Tensor:
+def _unpack(state: Tensor | None, headdim: int) -> Tensor:
     """(b, g, n, r p) to (b, h, p, n)."""
+    assert state is not None
     return state.unflatten(3, (-1, headdim)).permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
 
 
-def _weights(chunk: Chunk, scores: Tensor, D: Tensor | None) -> Tensor:
+def _weights(decay: Tensor, scores: Tensor, D: Tensor | None) -> Tensor:
     """What y_i sees of x_j: (b, h, i, j)."""
-    weights = (chunk.decay.unflatten(1, (scores.shape[1], -1)) * scores[:, :, None]).flatten(1, 2)
+    weights = (decay.unflatten(1, (scores.shape[1], -1)) * scores[:, :, None]).flatten(1, 2)
     if D is not None:
         weights.diagonal(dim1=2, dim2=3).add_(D[:, None])
     return weights
 
 
 def _output(chunk: Chunk, D: Tensor | None, state: Tensor | None) -> Tensor:
-    weights = _weights(chunk, chunk.scores(), D)
+    weights = _weights(chunk.pair_decay(), chunk.scores(), D)
     # (b, h, i, j) @ (b, h, j, p) -> (b, h, i, p)
     y = (weights @ chunk.x.transpose(1, 2)).transpose(1, 2)
     if state is not None:
@@ -183,7 +186,7 @@ def _output(chunk: Chunk, D: Tensor | None, state: Tensor | None) -> Tensor:
 def _next_state(chunk: Chunk, state: Tensor | None) -> Tensor:
     # (b, g, n, j) @ (b, g, j, r p) -> (b, g, n, r p)
     update = chunk.B.transpose(2, 3) @ chunk.by_group(chunk.x * chunk.to_end[..., None])
-    return update if state is None else update.add_(chunk.kept(state))
+    return update if state is None else chunk.carry(state, update)
 
 
 def _states_backwards(chunks: Chunks, state: Tensor | None) -> Iterator[tuple[int, Tensor | None]]:
@@ -209,8 +212,8 @@ class _ChunkGradient(NamedTuple):
     B: Tensor  # (b, g, q, n)
     C: Tensor  # (b, g, q, n)
     D: Tensor  # (h,)
-    cs: Tensor  # (b, q, h)
-    end: Tensor  # (b, h) of the part of cs_end that is not in `cs`
+    cs: Tensor  # (b, q, h) float64
+    end: Tensor  # (b, h) float64, of the part of cs_end that is not in `cs`
     factor: Tensor  # (b, q, h) of dt where it multiplies x, times dt
     state: Tensor | None  # (b, g, n, r p) of the state at the chunk's start
 
@@ -225,14 +228,14 @@ def _chunk_backward(
     numbers that go into the other gradients.
     """
     assert chunk.dy is not None
-    scores = chunk.scores()
+    decay, scores = chunk.pair_decay(), chunk.scores()
     x_heads, dy_heads = chunk.x.transpose(1, 2), chunk.dy.transpose(1, 2)
     # Within the chunk. (b, h, j, i) @ (b, h, i, p) -> (b, h, j, p)
-    dx = (_weights(chunk, scores, D).transpose(2, 3) @ dy_heads).transpose(1, 2)
+    dx = (_weights(decay, scores, D).transpose(2, 3) @ dy_heads).transpose(1, 2)
     # (b, h, i, p) @ (b, h, p, j) -> (b, h, i, j)
     d_weights = dy_heads @ x_heads.transpose(2, 3)
     dD = d_weights.diagonal(dim1=2, dim2=3).sum(dim=(0, 2))
-    d_weights = d_weights.mul_(chunk.decay).unflatten(1, (scores.shape[1], -1))
+    d_weights = d_weights.mul_(decay).unflatten(1, (scores.shape[1], -1))
     d_scores = chunk.causal(d_weights.sum(dim=2))
     dB, dC = d_scores.transpose(2, 3) @ chunk.C, d_scores @ chunk.B
     products = d_weights.mul_(scores[:, :, None]).flatten(1, 2)
@@ -242,9 +245,9 @@ def _chunk_backward(
     diagonal.zero_()
     columns = products.sum(dim=2)
     d_factor += columns
-    d_cs = (products.sum(dim=3) - columns).transpose(1, 2)
+    d_cs = (products.sum(dim=3).double() - columns).transpose(1, 2)
     d_factor = d_factor.transpose(1, 2)
-    d_end = torch.zeros_like(chunk.keep)
+    d_end = torch.zeros_like(d_cs[:, 0])
     d_start: Tensor | None = None
 
     if state is not None:
@@ -263,10 +266,9 @@ def _chunk_backward(
         dx = torch.addcmul(dx, dx_end, chunk.to_end[..., None])
         d_factor += through
         d_cs -= through
-        d_end += through.sum(dim=1)
+        d_end += through.sum(dim=1, dtype=torch.float64)
     if state is not None and d_state is not None:
-        kept = chunk.kept(d_state)
         assert d_start is not None
-        d_start += kept
-        d_end += chunk.sum_by_head(kept * state)
+        chunk.carry(d_state, d_start)
+        d_end += chunk.keep * chunk.sum_by_head(d_state * state)
     return _ChunkGradient(dx, dB, dC, dD, d_cs, d_end, d_factor, d_start)
