@@ -6,6 +6,7 @@ is used as before; the `PeftModel` returned here is only the handle to save by.
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -48,7 +49,11 @@ def add_lora(
             )
     # no task_type: peft would then want the methods of a transformers model
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=rslora, target_modules=targets
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # any number will do
+        lora_dropout=dropout,
+        use_rslora=rslora,
+        target_modules=targets,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -66,7 +71,7 @@ def save_adapter(peft_model: PeftModel, folder: Path, base: str) -> None:
     config.task_type = "CAUSAL_LM"
     try:
         # the adapted embeddings are LoRA weights like any other: never the whole matrix
-        peft_model.save_pretrained(folder, save_embedding_layers=False)
+        peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     finally:
         config.task_type = None
 
@@ -80,7 +85,9 @@ def load_adapter(model: Mamba2LM, folder: str | Path) -> PeftModel:
     config = LoraConfig.from_pretrained(str(folder))
     config.task_type = None
     peft_model = _wrapped(model, config)
-    result = set_peft_model_state_dict(peft_model, load_peft_weights(str(folder), device="cpu"))
+    result: Any = set_peft_model_state_dict(
+        peft_model, load_peft_weights(str(folder), device="cpu")
+    )
     missing = [key for key in result.missing_keys if "lora_" in key]
     if missing or result.unexpected_keys:
         raise UserError(

@@ -77,6 +77,7 @@ class Throughput(Callback):
             share = 1.0
         self.flops_per_token = flops_per_token(model.config) * (2 + share)
         self.peak_flops = peak_flops(module.device, model.lm_head.weight.dtype)
+        self.every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         self._restart()
 
     def on_train_batch_start(
@@ -93,15 +94,17 @@ class Throughput(Callback):
         batch_idx: int,
     ) -> None:
         # waits for the device where there is one: else only the launches would be timed
-        tokens = (batch["seq_idx"] >= 0).sum().item()
+        tokens = int((batch["seq_idx"] >= 0).sum())
         self.seconds += time.perf_counter() - self.started
         self.tokens += tokens
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         self.steps += stepped
-        if not stepped or trainer.global_step % trainer.log_every_n_steps:
+        if not stepped or trainer.global_step % self.every:
             return
         strategy = trainer.strategy
-        total = strategy.reduce(torch.tensor(float(self.tokens), device=module.device), reduce_op="sum")
+        total = strategy.reduce(
+            torch.tensor(float(self.tokens), device=module.device), reduce_op="sum"
+        )
         rate = float(total) / self.seconds
         metrics = {
             "perf/tokens_per_sec": rate,

@@ -54,17 +54,14 @@ def generate(
 
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = (attention_mask.bool() * positions).argmax(1, keepdim=True)
-    out = model(
-        input_ids, attention_mask=attention_mask, return_state=True, logits_to_keep=last
-    )
+    out = model(input_ids, attention_mask=attention_mask, return_state=True, logits_to_keep=last)
     logits, state = out.logits[:, 0], out.state
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    fill = eos_token_id if pad_token_id is None else pad_token_id
     tokens = []
     for _ in range(max_new_tokens):
         token = _choose(logits.float(), temperature, top_k, top_p, generator)
         if eos_token_id is not None:
-            token = token.masked_fill(ended, fill)
+            token = token.masked_fill(ended, eos_token_id if pad_token_id is None else pad_token_id)
             ended |= token == eos_token_id
         tokens.append(token)
         if on_token is not None:

@@ -44,7 +44,7 @@ def cross_entropy(
     counted = labels != IGNORED
     rows, targets = hidden[counted], labels[counted]
     reduction = "none" if per_token else "sum"
-    if _is_plain(head, rows):
+    if isinstance(head, nn.Linear) and _is_plain(head, rows):
         options = torch.nn.LinearCrossEntropyOptions(
             batch_chunk_size=CHUNK_ROWS, chunking_method=None
         )
@@ -60,10 +60,9 @@ def cross_entropy(
     return loss.new_zeros(labels.shape).masked_scatter(counted, loss) if per_token else loss
 
 
-def _is_plain(head: nn.Module, rows: Tensor) -> bool:
+def _is_plain(head: nn.Linear, rows: Tensor) -> bool:
     return (
         type(head) is nn.Linear
-        and len(rows) > 0
         and rows.dtype == head.weight.dtype
         and rows.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled(rows.device.type)

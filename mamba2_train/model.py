@@ -100,13 +100,12 @@ class Mamba2Config:
         return self.d_inner + self.d_conv_channels + self.n_heads
 
 
-_STATE_SPACES = {"vocab_size": 50_288, "tie_embeddings": True}
 PRESETS: dict[str, Mamba2Config] = {
-    "mamba2-130m": Mamba2Config(d_model=768, n_layers=24, **_STATE_SPACES),
-    "mamba2-370m": Mamba2Config(d_model=1024, n_layers=48, **_STATE_SPACES),
-    "mamba2-780m": Mamba2Config(d_model=1536, n_layers=48, **_STATE_SPACES),
-    "mamba2-1.3b": Mamba2Config(d_model=2048, n_layers=48, **_STATE_SPACES),
-    "mamba2-2.7b": Mamba2Config(d_model=2560, n_layers=64, **_STATE_SPACES),
+    "mamba2-130m": Mamba2Config(d_model=768, n_layers=24),
+    "mamba2-370m": Mamba2Config(d_model=1024, n_layers=48),
+    "mamba2-780m": Mamba2Config(d_model=1536, n_layers=48),
+    "mamba2-1.3b": Mamba2Config(d_model=2048, n_layers=48),
+    "mamba2-2.7b": Mamba2Config(d_model=2560, n_layers=64),
     "mamba-codestral-7b": Mamba2Config(
         d_model=4096, n_layers=64, vocab_size=32_768, n_groups=8, tie_embeddings=False
     ),
@@ -193,7 +192,7 @@ class Mamba2Mixer(nn.Module):
     ) -> tuple[Tensor, LayerState | None]:
         c = self.config
         z, xBC, dt = self._split(self.in_proj(u))
-        xBC = causal_conv1d(
+        conv = causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
@@ -201,9 +200,9 @@ class Mamba2Mixer(nn.Module):
             initial_state=None if state is None else state.conv,
             return_final_state=return_state,
         )
-        xBC, conv_state = xBC if return_state else (xBC, None)
+        xBC, conv_state = conv if return_state else (conv, None)
         x, B, C = self._split_conv(xBC)
-        y = ssd_scan(
+        scan = ssd_scan(
             x,
             dt,
             self._A(),
@@ -218,7 +217,7 @@ class Mamba2Mixer(nn.Module):
             initial_state=None if state is None else state.ssm,
             return_final_state=return_state,
         )
-        y, ssm_state = y if return_state else (y, None)
+        y, ssm_state = scan if return_state else (scan, None)
         out = self.out_proj(self.norm(y.flatten(-2), gate=z))
         return out, LayerState(conv_state, ssm_state) if return_state else None
 
@@ -280,6 +279,9 @@ class Mamba2Block(nn.Module):
         out, state = self.mixer(self.norm(x.to(dtype)), seq_idx, state, return_state)
         return x + out, state
 
+    def step(self, x: Tensor, state: LayerState, *, dtype: torch.dtype) -> Tensor:
+        return x + self.mixer.step(self.norm(x.to(dtype)), state)
+
 
 class Mamba2Backbone(nn.Module):
     """Token ids (b, t) -> hidden states (b, t, d_model) after the last norm."""
@@ -301,9 +303,7 @@ class Mamba2Backbone(nn.Module):
         return_state: bool,
     ) -> tuple[Tensor, list[LayerState]]:
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        dtype = x.dtype  # of the blocks' inputs; the residual stream itself may be wider
-        if self.config.residual_in_fp32 and dtype != torch.float64:
-            x = x.float()
+        x, dtype = self._residual(x)
         states = []
         for i, layer in enumerate(self.layers):
             block = _checkpointed(partial(layer, dtype=dtype), self._mode())
@@ -312,13 +312,15 @@ class Mamba2Backbone(nn.Module):
         return self.norm_f(x.to(dtype)), states
 
     def step(self, input_ids: Tensor, state: Mamba2State) -> Tensor:
-        x = self.embeddings(input_ids)
-        dtype = x.dtype
-        if self.config.residual_in_fp32 and dtype != torch.float64:
-            x = x.float()
+        x, dtype = self._residual(self.embeddings(input_ids))
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            x = x + layer.mixer.step(layer.norm(x.to(dtype)), layer_state)
+            x = layer.step(x, layer_state, dtype=dtype)
         return self.norm_f(x.to(dtype))
+
+    def _residual(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
+        """The residual stream, perhaps in fp32, and the dtype that the blocks compute in."""
+        wide = self.config.residual_in_fp32 and x.dtype != torch.float64
+        return x.float() if wide else x, x.dtype
 
     def _mode(self) -> Checkpointing:
         return self.checkpointing if torch.is_grad_enabled() else "none"

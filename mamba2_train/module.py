@@ -40,8 +40,10 @@ class TokenMean:
     def reduced(self, module: L.LightningModule) -> tuple[Tensor, Tensor]:
         """Mean loss and number of tokens over all ranks; every rank must call this."""
         local = torch.stack(
-            [torch.as_tensor(v, dtype=torch.float64, device=module.device)
-             for v in (self.loss, self.tokens)]
+            [
+                torch.as_tensor(v, dtype=torch.float64, device=module.device)
+                for v in (self.loss, self.tokens)
+            ]
         )
         total = module.trainer.strategy.reduce(local, reduce_op="sum")
         return total[0] / total[1].clamp(min=1), total[1]
@@ -77,7 +79,9 @@ class Mamba2Module(L.LightningModule):
         # Lightning has divided by the accumulation, DDP by the ranks; a window at the end of an
         # epoch may be shorter, and is divided by the full accumulation all the same
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens.clamp(min=1)
-        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        gradients = [
+            p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+        ]
         torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
         norm = torch.nn.utils.get_total_norm(gradients)
         self.log_dict(
@@ -97,7 +101,7 @@ class Mamba2Module(L.LightningModule):
         self.validation.add(*self._losses(batch))
 
     def on_validation_epoch_end(self) -> None:
-        loss, tokens = self.validation.reduced(self)
+        loss, _tokens = self.validation.reduced(self)
         if not self.trainer.sanity_checking:
             self.log("val/loss", loss.float(), prog_bar=True)
             self.log("val/perplexity", loss.exp().float(), prog_bar=True)

@@ -53,7 +53,9 @@ class ModelConfig(Group):
             raise ValueError("set source (weights to start from) or preset (from scratch), one")
         if self.preset is not None and self.preset not in PRESETS:
             hint = nearest(self.preset, PRESETS)
-            raise ValueError(f"preset {self.preset!r} is unknown.{hint} Known: {', '.join(PRESETS)}")
+            raise ValueError(
+                f"preset {self.preset!r} is unknown.{hint} Known: {', '.join(PRESETS)}"
+            )
         if self.preset is not None and self.tokenizer is None:
             raise ValueError("a model from scratch has no tokenizer of its own: set tokenizer")
         return self
@@ -218,7 +220,9 @@ class TrainConfig(Group):
                 "lost: use precision=bf16-mixed, or adapter=lora"
             )
         if self.adapter.kind == "lora" and self.model.source is None:
-            raise ValueError("adapter=lora needs weights to adapt: set model.source or adapter=full")
+            raise ValueError(
+                "adapter=lora needs weights to adapt: set model.source or adapter=full"
+            )
         return self
 
 

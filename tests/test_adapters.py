@@ -19,7 +19,7 @@ def base(**changes):
     return initialize(Mamba2LM(Mamba2Config(**(CONFIG.__dict__ | changes))), seed=3)
 
 
-@pytest.fixture()
+@pytest.fixture
 def ids():
     return torch.randint(0, 96, (2, 19), generator=torch.Generator().manual_seed(0))
 

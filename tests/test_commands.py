@@ -64,7 +64,7 @@ def test_a_run_leaves_all_that_it_promises(finished):
     weights = load_file(out / "adapter" / "adapter_model.safetensors")
     for module in ("in_proj", "out_proj", "embeddings"):
         trained = [
-            w for k, w in weights.items() if module in k and "lora_B" in k or "embedding_B" in k
+            w for k, w in weights.items() if (module in k and "lora_B" in k) or "embedding_B" in k
         ]
         assert trained
         assert all(w.abs().max() > 0 for w in trained)

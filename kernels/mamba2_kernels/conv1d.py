@@ -159,11 +159,12 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _gradients(ctx: Any, dy: Tensor | None, d_final_state: Tensor | None) -> tuple[Any, ...]:
-    x, _, bias, _, initial_state = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: under checkpointing each look recomputes them
+    x, _, bias, _, initial_state = saved
     dx, d_weight, d_bias, d_initial_state = _causal_conv1d_backward(
         torch.zeros_like(x) if dy is None else dy,
         d_final_state if ctx.has_final_state else None,
-        *ctx.saved_tensors,
+        *saved,
         ctx.activation,
         ctx.backend,
     )

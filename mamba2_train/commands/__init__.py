@@ -128,7 +128,9 @@ def _escaped(message: str) -> str:
 def _composition_fault(error: Exception) -> str:
     """Hydra's message of several lines as one, with the nearest key that exists."""
     cause = error.__cause__
-    if isinstance(error, ConfigCompositionException) and isinstance(cause, ConfigKeyError | Exception):
+    if isinstance(error, ConfigCompositionException) and isinstance(
+        cause, ConfigKeyError | Exception
+    ):
         key = getattr(cause, "full_key", None)
         parent = getattr(cause, "parent_node", None)
         if key and isinstance(parent, DictConfig):

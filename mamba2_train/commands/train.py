@@ -29,7 +29,7 @@ from mamba2_train.commands import command, console
 from mamba2_train.data.datamodule import TextDataModule
 from mamba2_train.data.tokenizer import load_tokenizer, save_tokenizer
 from mamba2_train.generation import generate
-from mamba2_train.model import PRESETS, Mamba2LM, initialize
+from mamba2_train.model import PRESETS, Mamba2Config, Mamba2LM, initialize
 from mamba2_train.module import Mamba2Module
 from mamba2_train.report import write_report
 from mamba2_train.schema import SamplesConfig, TrainConfig
@@ -45,11 +45,11 @@ def main(config: TrainConfig) -> None:
     torch.set_float32_matmul_precision("highest")
 
     # what fails fast comes first: the data are read and checked before a weight is
-    model_config = PRESETS[config.model.preset] if config.model.preset else _source_config(config)
+    shape = model_shape(config)
     tokenizer = load_tokenizer(
-        resolve(config.model.tokenizer or config.model.source),
+        resolve(config.model.tokenizer or config.model.source or ""),
         revision=config.model.revision if config.model.tokenizer is None else None,
-        vocab_size=model_config.vocab_size,
+        vocab_size=shape.vocab_size,
     )
     data = TextDataModule(config.data, tokenizer, seed=config.seed)
     data.prepare_data()
@@ -67,6 +67,14 @@ def main(config: TrainConfig) -> None:
     run.conclude()
 
 
+def model_shape(config: TrainConfig) -> Mamba2Config:
+    """Read or chosen; a checkpoint that is no Mamba2 is refused here."""
+    if config.model.source is not None:
+        return load_config(resolve(config.model.source), revision=config.model.revision)
+    assert config.model.preset is not None
+    return PRESETS[config.model.preset]
+
+
 def build_model(config: TrainConfig) -> Mamba2LM:
     """The weights to start from, read or drawn."""
     settings = config.model
@@ -77,8 +85,7 @@ def build_model(config: TrainConfig) -> Mamba2LM:
             dtype=DTYPES[config.precision.weights],
         )
     else:
-        assert settings.preset is not None
-        model = initialize(Mamba2LM(PRESETS[settings.preset]), seed=config.seed)
+        model = initialize(Mamba2LM(model_shape(config)), seed=config.seed)
     model.set_checkpointing(settings.checkpointing)
     return model
 
@@ -206,7 +213,10 @@ class Run:
         kind = "model" if self.adapter is None else "adapter"
         target = self.folder / kind
         if self.adapter is None:
-            save_pretrained(self.module.model, target)
+            ids = {
+                kind: getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
+            }
+            save_pretrained(self.module.model, target, token_ids=ids)
         else:
             save_adapter(self.adapter, target, base=_base_name(self.config))
         save_tokenizer(self.tokenizer, target)
@@ -216,7 +226,11 @@ class Run:
             "seconds": round(time.perf_counter() - self.clock, 1),
             "steps": steps,
             "device": self.module.device.type,
-            "outputs": {kind: kind, "checkpoint": "checkpoints/last.ckpt", "metrics": "csv/metrics.csv"},
+            "outputs": {
+                kind: kind,
+                "checkpoint": "checkpoints/last.ckpt",
+                "metrics": "csv/metrics.csv",
+            },
             "next": shlex.join(["mamba2-generate", f"model={target}", f"prompt={prompt}"]),
         }
         write_json(self.folder / "result.json", self.result)
@@ -279,10 +293,6 @@ def continuations(model: Mamba2LM, tokenizer: Any, settings: SamplesConfig, seed
         texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
     model.train()
     return texts
-
-
-def _source_config(config: TrainConfig) -> Any:
-    return load_config(resolve(config.model.source), revision=config.model.revision)
 
 
 def _base_name(config: TrainConfig) -> str:

@@ -258,11 +258,12 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _gradients(ctx: Any, dy: Tensor | None, d_final_state: Tensor | None) -> tuple[Any, ...]:
-    x, *_, D, dt_bias, _, initial_state = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: under checkpointing each look recomputes them
+    x, *_, D, dt_bias, _, initial_state = saved
     dx, ddt, dA, dB, dC, dD, ddt_bias, d_initial_state = _ssd_scan_backward(
         torch.zeros_like(x) if dy is None else dy,
         d_final_state if ctx.has_final_state else None,
-        *ctx.saved_tensors,
+        *saved,
         *ctx.dt_options,
         ctx.chunk_size,
         ctx.backend,
