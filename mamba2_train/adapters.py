@@ -41,11 +41,11 @@ def add_lora(
     Raises:
         UserError: a target that no module is called, with the names that exist.
     """
-    names = {path.rsplit(".", 1)[-1] for path, m in model.named_modules() if _adaptable(m)}
+    names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _adaptable(m)})
     for target in targets:
         if target not in names:
             raise UserError(
-                f"LoRA target '{target}' matches no module; this model has {', '.join(sorted(names))}"
+                f"LoRA target '{target}' matches no module; this model has {', '.join(names)}"
             )
     # no task_type: peft would then want the methods of a transformers model
     config = LoraConfig(
@@ -104,8 +104,9 @@ def is_adapter(folder: str | Path) -> bool:
 
 def _wrapped(model: Mamba2LM, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
-        # peft warns that the head is tied to the adapted embeddings: only a merge cares
-        warnings.filterwarnings("ignore", message=".*tie")
+        # peft warns that the head is tied to the adapted embeddings, which only a merge must
+        # mind, and that our config names another base than the plain model, which has no name
+        warnings.filterwarnings("ignore", message=".*(tie|base_model_name_or_path)")
         return get_peft_model(model, config)
 
 

@@ -76,7 +76,8 @@ class Throughput(Callback):
         if all(p.requires_grad for p in weights):
             share = 1.0
         self.flops_per_token = flops_per_token(model.config) * (2 + share)
-        self.peak_flops = peak_flops(module.device, model.lm_head.weight.dtype)
+        products = torch.bfloat16 if trainer.precision == "bf16-mixed" else weights[0].dtype
+        self.peak_flops = peak_flops(module.device, products)
         self.every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         self._restart()
 

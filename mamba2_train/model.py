@@ -200,7 +200,7 @@ class Mamba2Mixer(nn.Module):
             initial_state=None if state is None else state.conv,
             return_final_state=return_state,
         )
-        xBC, conv_state = conv if return_state else (conv, None)
+        xBC, conv_state = _output_and_state(conv, return_state)
         x, B, C = self._split_conv(xBC)
         scan = ssd_scan(
             x,
@@ -217,7 +217,7 @@ class Mamba2Mixer(nn.Module):
             initial_state=None if state is None else state.ssm,
             return_final_state=return_state,
         )
-        y, ssm_state = scan if return_state else (scan, None)
+        y, ssm_state = _output_and_state(scan, return_state)
         out = self.out_proj(self.norm(y.flatten(-2), gate=z))
         return out, LayerState(conv_state, ssm_state) if return_state else None
 
@@ -314,7 +314,7 @@ class Mamba2Backbone(nn.Module):
     def step(self, input_ids: Tensor, state: Mamba2State) -> Tensor:
         x, dtype = self._residual(self.embeddings(input_ids))
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            x = layer.step(x, layer_state, dtype=dtype)
+            x = layer.step(x, layer_state, dtype=dtype)  # type: ignore[operator]
         return self.norm_f(x.to(dtype))
 
     def _residual(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
@@ -478,6 +478,10 @@ def flops_per_token(config: Mamba2Config) -> int:
     scan = 3 * c.d_inner * c.d_state
     conv = c.d_conv * c.d_conv_channels
     return 2 * (c.n_layers * (projections + scan + conv) + c.d_model * c.vocab_size)
+
+
+def _output_and_state(result: Any, has_state: bool) -> tuple[Tensor, Any]:
+    return result if has_state else (result, None)
 
 
 def _checkpointed(block: Callable[..., Any], mode: Checkpointing) -> Callable[..., Any]:

@@ -92,7 +92,6 @@ class Mamba2Module(L.LightningModule):
             },
             prog_bar=True,
         )
-        self.step_tokens = tokens
 
     def on_validation_epoch_start(self) -> None:
         self.validation.reset()

@@ -16,10 +16,10 @@ from typing import Any
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from mamba2_train.errors import UserError, nearest
@@ -128,13 +128,8 @@ def _escaped(message: str) -> str:
 def _composition_fault(error: Exception) -> str:
     """Hydra's message of several lines as one, with the nearest key that exists."""
     cause = error.__cause__
-    if isinstance(error, ConfigCompositionException) and isinstance(
-        cause, ConfigKeyError | Exception
-    ):
-        key = getattr(cause, "full_key", None)
-        parent = getattr(cause, "parent_node", None)
-        if key and isinstance(parent, DictConfig):
-            known = [str(k) for k in parent]
-            hint = nearest(str(key).rsplit(".", 1)[-1], known)
-            return f"{key}: unknown key.{hint} Known: {', '.join(sorted(known))}"
+    if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
+        known = sorted(str(key) for key in cause.parent_node)
+        hint = nearest(str(cause.key), known)
+        return f"{cause.full_key}: unknown key.{hint} Known: {', '.join(known)}"
     return str(error).split("Config search path:")[0]

@@ -33,7 +33,12 @@ from mamba2_train.model import PRESETS, Mamba2Config, Mamba2LM, initialize
 from mamba2_train.module import Mamba2Module
 from mamba2_train.report import write_report
 from mamba2_train.schema import SamplesConfig, TrainConfig
-from mamba2_train.tracking import build_loggers, check_space, environment, write_json
+from mamba2_train.tracking import (
+    build_loggers,
+    check_space,
+    environment,
+    write_json,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

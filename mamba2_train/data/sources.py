@@ -171,9 +171,10 @@ def _default_split(source: Source) -> str | None:
 
 
 def _split_of_file(file: Path, root: Path) -> str | None:
-    """From `train.jsonl`, `train-00000-of-00002.parquet` or `train/part.jsonl` below `root`."""
-    if file == root:
-        return None  # a file that is named is read whole, whatever it is called
+    """From `train.jsonl`, `train-00000-of-00002.parquet` or `train/part.jsonl` below `root`.
+
+    None for `root` itself: a file that the user names is read whole, whatever it is called.
+    """
     for part in file.relative_to(root).parts:
         if match := SPLIT_NAME.match(part):
             return match[1].lower()
@@ -277,7 +278,7 @@ def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield reader.line_num, values
         except csv.Error as error:
             raise UserError(
-                f"{file}, line {reader.line_num} is not CSV ({error}): quote it anew"
+                f"{file}, line {reader.line_num} is not CSV ({error}): close its quotes"
             ) from error
 
 

@@ -56,6 +56,11 @@ def test_json_may_hold_lines_and_a_text_file_is_one_document(tmp_path):
     assert texts(load(tmp_path / "b.txt")[0]) == ["one\n\ntwo\n"]
 
 
+def test_line_ends_within_a_field_of_csv_are_kept(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'text\r\n"one\r\ntwo"\r\n')
+    assert texts(load(tmp_path / "a.csv")[0]) == ["one\r\ntwo"]
+
+
 def test_a_folder_is_read_in_the_order_of_names_without_hidden_files(tmp_path):
     write(tmp_path / "b.jsonl", [{"text": "second"}])
     write(tmp_path / "a/x.csv", [{"text": "first"}])
@@ -184,6 +189,11 @@ def test_a_missing_file_names_the_nearest_one(tmp_path):
             b"text,n\nfine,1\none, two, three\n",
             "{path}, line 3 has not the 2 fields of the header: put quotes around a field that "
             "holds a separator",
+        ),
+        (
+            "a.csv",
+            b'text\nfine\n"never closed\nfine\n',
+            "{path}, line 4 is not CSV (unexpected end of data): close its quotes",
         ),
         (
             "a.jsonl",
