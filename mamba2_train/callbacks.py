@@ -63,28 +63,35 @@ class ProgressBar(RichProgressBar):
 class Throughput(Callback):
     """Real (not padding) tokens per second, step time, MFU, and peak memory, over all ranks.
 
-    Time spent validating, sampling and saving is left out. MFU counts 2 FLOPs per multiply-add
-    of the forward pass, as many again for the gradient of the activations, and as many for that
-    of the weights that are trained; recomputation does not count.
+    The clock stands still from the start of a validation to the next training batch. MFU counts 2
+    FLOPs per multiply-add of the forward pass, as many again for the gradient of the activations,
+    and as many for that of the weights, times the share of them that is trained; recomputation
+    does not count.
     """
+
+    def __init__(self) -> None:
+        self.tokens = torch.zeros((), dtype=torch.int64)
+        self.seconds, self.steps = 0.0, 0
+        self.since: float | None = None  # None while the clock stands still
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         model: Mamba2LM = module.model  # type: ignore[assignment]
         weights = [p for p in model.parameters() if p.dim() > 1]
         trained = sum(p.numel() for p in weights if p.requires_grad)
-        share = min(1.0, trained / max(1, sum(p.numel() for p in weights if not p.requires_grad)))
-        if all(p.requires_grad for p in weights):
-            share = 1.0
+        share = trained / sum(p.numel() for p in weights)
         self.flops_per_token = flops_per_token(model.config) * (2 + share)
         products = torch.bfloat16 if trainer.precision == "bf16-mixed" else weights[0].dtype
         self.peak_flops = peak_flops(module.device, products)
         self.every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-        self._restart()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.started = time.perf_counter()
+        if self.since is None:
+            self.since = time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._pause()
 
     def on_train_batch_end(
         self,
@@ -94,33 +101,30 @@ class Throughput(Callback):
         batch: dict[str, Tensor],
         batch_idx: int,
     ) -> None:
-        # waits for the device where there is one: else only the launches would be timed
-        tokens = int((batch["seq_idx"] >= 0).sum())
-        self.seconds += time.perf_counter() - self.started
-        self.tokens += tokens
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        self.steps += stepped
-        if not stepped or trainer.global_step % self.every:
+        self.tokens = self.tokens + (batch["seq_idx"] >= 0).sum()  # not read: no wait in a step
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        strategy = trainer.strategy
-        total = strategy.reduce(
-            torch.tensor(float(self.tokens), device=module.device), reduce_op="sum"
-        )
-        rate = float(total) / self.seconds
+        self.steps += 1
+        if trainer.global_step % self.every:
+            return
+        tokens = float(trainer.strategy.reduce(self.tokens.double(), reduce_op="sum"))
+        self._pause()
         metrics = {
-            "perf/tokens_per_sec": rate,
-            "perf/step_seconds": self.seconds / max(1, self.steps),
+            "perf/tokens_per_sec": tokens / self.seconds,
+            "perf/step_seconds": self.seconds / self.steps,
             "perf/peak_mem_gib": peak_memory(module.device) / GIB,
         }
         if self.peak_flops:
-            metrics["perf/mfu"] = (
-                rate * self.flops_per_token / (self.peak_flops * trainer.world_size)
-            )
+            reached = metrics["perf/tokens_per_sec"] * self.flops_per_token
+            metrics["perf/mfu"] = reached / (self.peak_flops * trainer.world_size)
         module.log_dict(metrics, prog_bar=True)
-        self._restart()
+        self.tokens = torch.zeros_like(self.tokens)
+        self.seconds, self.steps, self.since = 0.0, 0, time.perf_counter()
 
-    def _restart(self) -> None:
-        self.tokens, self.seconds, self.steps = 0, 0.0, 0
+    def _pause(self) -> None:
+        if self.since is not None:
+            self.seconds += time.perf_counter() - self.since
+        self.since = None
 
 
 def peak_memory(device: torch.device) -> int:

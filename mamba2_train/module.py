@@ -67,6 +67,7 @@ class Mamba2Module(L.LightningModule):
         self.scheduler_config = scheduler
         self.window = TokenMean()  # the micro-batches of one optimizer step
         self.validation = TokenMean()
+        self.validated_step: int | None = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss_sum, n_tokens = self._losses(batch)
@@ -78,10 +79,10 @@ class Mamba2Module(L.LightningModule):
         self.window.reset()
         # Lightning has divided by the accumulation, DDP by the ranks; a window at the end of an
         # epoch may be shorter, and is divided by the full accumulation all the same
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens.clamp(min=1)
-        gradients = [
-            p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
-        ]
+        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        scale = shares / tokens.clamp(min=1)
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        gradients = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
         norm = torch.nn.utils.get_total_norm(gradients)
         self.log_dict(
@@ -100,10 +101,10 @@ class Mamba2Module(L.LightningModule):
         self.validation.add(*self._losses(batch))
 
     def on_validation_epoch_end(self) -> None:
-        loss, _tokens = self.validation.reduced(self)
-        if not self.trainer.sanity_checking:
-            self.log("val/loss", loss.float(), prog_bar=True)
-            self.log("val/perplexity", loss.exp().float(), prog_bar=True)
+        loss, _ = self.validation.reduced(self)
+        self.log("val/loss", loss.float(), prog_bar=True)
+        self.log("val/perplexity", loss.exp().float(), prog_bar=True)
+        self.validated_step = self.trainer.global_step
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.optimizer_config)

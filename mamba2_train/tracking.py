@@ -49,6 +49,8 @@ def run_stamp() -> str:
     """
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     env = os.environ
+    if "MAMBA2_RUN_STAMP" in env:  # set below, for the processes that Lightning starts for ddp
+        return env["MAMBA2_RUN_STAMP"]
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         from torch.distributed import PrefixStore, TCPStore
 
@@ -57,7 +59,8 @@ def run_stamp() -> str:
         if env["RANK"] == "0":
             store.set("stamp", now)
         return store.get("stamp").decode()
-    return env.get("SLURM_JOB_ID", now)
+    env["MAMBA2_RUN_STAMP"] = env.get("SLURM_JOB_ID", now)
+    return env["MAMBA2_RUN_STAMP"]
 
 
 def write_json(path: Path, value: Any) -> None:

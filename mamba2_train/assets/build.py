@@ -3,6 +3,8 @@
     python -m mamba2_train.assets.build quotes      # assets/quotes.jsonl
     python -m mamba2_train.assets.build corpus      # build/tiny_base/{train,validation}.jsonl
     python -m mamba2_train.assets.build tokenizer   # assets/tiny_base/tokenizer*.json
+    python -m mamba2_train.assets.build base --model runs/pretrain_tiny/.../model
+                                                    # assets/tiny_base/model.safetensors
 
 Every text is in the public domain; README.md beside this file says where each comes from and how
 its packaging is licensed. Packages are fetched by name, into a folder that is kept:
@@ -417,6 +419,21 @@ def build_tokenizer(corpus: Path, quotes: Path, out: Path) -> str:
     return f"{out}: {tokenizer.get_vocab_size()} entries, {per_token:.2f} characters a token"
 
 
+def build_base(model: Path, out: Path) -> str:
+    """Store a model trained by the recipe pretrain_tiny in bfloat16, beside its tokenizer."""
+    import torch  # the other commands do without
+
+    from mamba2_train.checkpoint import load_pretrained, save_pretrained
+
+    save_pretrained(
+        load_pretrained(str(model), dtype=torch.bfloat16),
+        out,
+        token_ids={"bos": 0, "eos": 0, "pad": 1},
+    )
+    size = (out / "model.safetensors").stat().st_size
+    return f"{out}: {size / 1e6:.1f} MB"
+
+
 def read_quotes(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: run `build quotes` first")
@@ -441,19 +458,21 @@ def main(arguments: list[str] | None = None) -> int:
         "quotes": "extract, review and split the quotes",
         "corpus": "write the documents that the embedded base model is trained on",
         "tokenizer": "train the byte-level BPE tokenizer on the corpus and the train quotes",
+        "base": "store a model that the recipe pretrain_tiny has trained",
     }
     corpus = Path("build/tiny_base")
     default_out = {
         "quotes": ASSETS / "quotes.jsonl",
         "corpus": corpus,
         "tokenizer": ASSETS / "tiny_base",
+        "base": ASSETS / "tiny_base",
     }
     for name, text in summary.items():
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument(
             "--out", type=Path, metavar="PATH", default=default_out[name], help="(%(default)s)"
         )
-        if name != "tokenizer":
+        if name in ("quotes", "corpus"):
             sub.add_argument(
                 "--downloads",
                 type=Path,
@@ -465,12 +484,18 @@ def main(arguments: list[str] | None = None) -> int:
             sub.add_argument(
                 "--corpus", type=Path, metavar="FOLDER", default=corpus, help="(%(default)s)"
             )
+        if name == "base":
+            sub.add_argument(
+                "--model", type=Path, metavar="FOLDER", required=True, help="the run's model"
+            )
     options = parser.parse_args(arguments)
     try:
         if options.command == "quotes":
             print(build_quotes(options.downloads, options.out))
         elif options.command == "corpus":
             print(build_corpus(options.downloads, options.out, default_out["quotes"]))
+        elif options.command == "base":
+            print(build_base(options.model, options.out))
         else:
             print(build_tokenizer(options.corpus, default_out["quotes"], options.out))
     except UserError as error:

@@ -4,6 +4,7 @@
 is one line and exit code 1.
 """
 
+import errno
 import functools
 import logging
 import os
@@ -107,14 +108,20 @@ class _one_line_errors:
             message = str(error)
         elif isinstance(error, HydraException | OmegaConfBaseException):
             message = _composition_fault(error)
-        elif isinstance(error, OSError) and error.errno == 28:
-            message = f"the disk is full: {error.filename or 'a write failed'}; free some space"
+        elif _is_full_disk(error):
+            message = f"the disk is full ({error}): free some space, or set run_dir elsewhere"
         else:
             return
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             f"[bold red]error:[/] {_escaped(message)}"
         )
         sys.exit(1)
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    # torch's own writer reports it as a RuntimeError without a number
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return full or "PytorchStreamWriter failed writing" in str(error)
 
 
 def _debug() -> bool:

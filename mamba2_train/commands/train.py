@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 -m mamba2_train ...    the same on eight GPUs
 """
 
 import json
+import math
 import shlex
 import sys
 import time
@@ -23,7 +24,7 @@ from rich.table import Table
 
 from mamba2_train.adapters import add_lora, save_adapter
 from mamba2_train.assets import resolve
-from mamba2_train.callbacks import build_callbacks
+from mamba2_train.callbacks import CHECKPOINTS, build_callbacks
 from mamba2_train.checkpoint import load_config, load_pretrained, save_pretrained
 from mamba2_train.commands import command, console
 from mamba2_train.data.datamodule import TextDataModule
@@ -34,6 +35,7 @@ from mamba2_train.module import Mamba2Module
 from mamba2_train.report import write_report
 from mamba2_train.schema import SamplesConfig, TrainConfig
 from mamba2_train.tracking import (
+    CSV_FOLDER,
     build_loggers,
     check_space,
     environment,
@@ -47,7 +49,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def main(config: TrainConfig) -> None:
     started = datetime.now()
     L.seed_everything(config.seed, workers=True, verbose=False)
-    torch.set_float32_matmul_precision("highest")
 
     # what fails fast comes first: the data are read and checked before a weight is
     shape = model_shape(config)
@@ -159,7 +160,6 @@ class Run:
             "name": config.name,
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "started": started.isoformat(timespec="seconds"),
-            "status": "failed",
             "model": {
                 "source": config.model.source or config.model.preset,
                 "parameters": sum(p.numel() for p in parameters),
@@ -204,9 +204,7 @@ class Run:
 
     def conclude(self) -> None:
         """Take the best weights by val/loss, write what was made, report, and say what is next."""
-        steps = self.trainer.global_step
-        self._load_best()
-        final = self._evaluate()
+        final = self._take_best()
         samples = [
             {"prompt": p, "before": b, "after": a}
             for p, b, a in zip(
@@ -218,9 +216,8 @@ class Run:
         kind = "model" if self.adapter is None else "adapter"
         target = self.folder / kind
         if self.adapter is None:
-            ids = {
-                kind: getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
-            }
+            special = ("bos", "eos", "pad")
+            ids = {name: getattr(self.tokenizer, f"{name}_token_id") for name in special}
             save_pretrained(self.module.model, target, token_ids=ids)
         else:
             save_adapter(self.adapter, target, base=_base_name(self.config))
@@ -229,12 +226,12 @@ class Run:
         self.result |= {
             "final": final,
             "seconds": round(time.perf_counter() - self.clock, 1),
-            "steps": steps,
+            "steps": self.trainer.global_step,
             "device": self.module.device.type,
             "outputs": {
                 kind: kind,
-                "checkpoint": "checkpoints/last.ckpt",
-                "metrics": "csv/metrics.csv",
+                "checkpoint": f"{CHECKPOINTS}/last.ckpt",
+                "metrics": f"{CSV_FOLDER}/metrics.csv",
             },
             "next": shlex.join(["mamba2-generate", f"model={target}", f"prompt={prompt}"]),
         }
@@ -256,13 +253,21 @@ class Run:
             return [""] * len(settings.prompts)
         return continuations(self.module.model, self.tokenizer, settings, seed=self.config.seed)
 
-    def _load_best(self) -> None:
+    def _take_best(self) -> dict[str, float]:
+        """Leave the best weights in the model; returns their held-out metrics."""
+        if self.module.validated_step == self.trainer.global_step:
+            now = float(self.trainer.callback_metrics["val/loss"])
+        else:
+            now = self._evaluate()["val/loss"]
         saver = self.trainer.checkpoint_callback
         assert isinstance(saver, ModelCheckpoint)
-        if saver.best_model_path and saver.best_model_path != saver.last_model_path:
-            best = torch.load(saver.best_model_path, map_location="cpu", weights_only=True)
-            self.module.load_state_dict(best["state_dict"], strict=False)
-            self.result["best_step"] = best["global_step"]
+        best = saver.best_model_score
+        if best is not None and float(best) < now:
+            checkpoint = torch.load(saver.best_model_path, map_location="cpu", weights_only=True)
+            self.module.load_state_dict(checkpoint["state_dict"], strict=False)
+            self.result["best_step"] = checkpoint["global_step"]
+            now = float(best)
+        return {"val/loss": now, "val/perplexity": math.exp(now)}
 
     def _print_summary(self, samples: list[dict[str, str]], target: Path, report: Path) -> None:
         base, final = self.result["base"], self.result["final"]

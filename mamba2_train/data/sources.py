@@ -278,7 +278,7 @@ def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield reader.line_num, values
         except csv.Error as error:
             raise UserError(
-                f"{file}, line {reader.line_num} is not CSV ({error}): close its quotes"
+                f"{file}, line {reader.line_num + 1} is not CSV ({error}): close its quotes"
             ) from error
 
 

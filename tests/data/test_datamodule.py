@@ -76,7 +76,7 @@ def test_batches_of_the_quotes(tokenizer, packing, side):
             assert ids.shape == labels.shape == seq_idx.shape
             padding = seq_idx == PADDING
             # packed rows are always as wide, others as wide as the longest of them
-            assert ids.shape[1] == 256 if packing == "bfd" else not padding.any(0).all()
+            assert ids.shape[1] == 256 if packing == "bfd" else not padding.all(0).any()
             assert (ids[padding] == tokenizer.pad_token_id).all()
             assert (labels[padding] == IGNORED).all()
             assert torch.equal(labels[~padding], ids[~padding])  # text is learned whole

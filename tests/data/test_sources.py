@@ -193,7 +193,7 @@ def test_a_missing_file_names_the_nearest_one(tmp_path):
         (
             "a.csv",
             b'text\nfine\n"never closed\nfine\n',
-            "{path}, line 4 is not CSV (unexpected end of data): close its quotes",
+            "{path}, line 3 is not CSV (unexpected end of data): close its quotes",
         ),
         (
             "a.jsonl",
