@@ -1,0 +1,142 @@
+"""Commands: a config becomes objects, the objects run. One screen each.
+
+`command` gives them what they share: Hydra composes, pydantic checks, and a fault of the user's
+is one line and exit code 1.
+"""
+
+import errno
+import functools
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from mamba2_train.errors import UserError, nearest
+from mamba2_train.schema import Group, validated
+from mamba2_train.tracking import run_stamp
+
+console = Console(highlight=False)
+
+
+def command(
+    schema: type[Group], config_name: str, free_text: tuple[str, ...] = ()
+) -> Callable[..., Callable[[], None]]:
+    """Turn `run(config)` into a `main()` that reads the command line.
+
+    Args:
+        free_text: keys whose values are taken as they are. Elsewhere Hydra's grammar gives
+            commas, brackets, quotes and colons a meaning, which no prose survives.
+    """
+
+    def decorate(run: Callable[[Any], None]) -> Callable[[], None]:
+        @functools.wraps(run)
+        def task(composed: DictConfig) -> None:
+            # inside, or Hydra would announce the fault with a line of its own
+            with _one_line_errors():
+                run(validated(schema, OmegaConf.to_container(composed, resolve=True)))  # type: ignore[arg-type]
+
+        def main() -> None:
+            extend_hydra()
+            # Hydra then raises its errors instead of printing them, and we print all alike
+            os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+            sys.argv[1:] = [_quoted(argument, free_text) for argument in sys.argv[1:]]
+            _quiet()
+            with _one_line_errors():
+                hydra.main(
+                    version_base="1.3", config_path="pkg://mamba2_configs", config_name=config_name
+                )(task)()
+
+        return main
+
+    return decorate
+
+
+class _OurConfigs(SearchPathPlugin):
+    """A recipe, ours or a user's from anywhere, finds `train` and the groups; ours need no
+    --config-dir."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("mamba2-train", "pkg://mamba2_configs")
+        search_path.append("mamba2-train", "pkg://mamba2_recipes")
+
+
+def extend_hydra() -> None:
+    """Make our configs and `${run_stamp:}` known to Hydra."""
+    OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True)
+    Plugins.instance().register(_OurConfigs)
+
+
+def _quoted(argument: str, free_text: tuple[str, ...]) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals or key not in free_text or value[:1] in ("'", '"'):
+        return argument
+    value = re.sub(r"(\\*)'", r"\1\1\'", value)  # Hydra's own escapes, inside single quotes
+    return f"{key}='{value}'"
+
+
+def _quiet() -> None:
+    """Our own log lines are shown from INFO on, those of the libraries from WARNING on."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("mamba2_train").setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+class _one_line_errors:
+    """Prints a UserError, or a fault of composition, as one line on stderr; exit code 1."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is None or _debug():
+            return
+        if isinstance(error, UserError):
+            message = str(error)
+        elif isinstance(error, HydraException | OmegaConfBaseException):
+            message = _composition_fault(error)
+        elif _is_full_disk(error):
+            message = f"the disk is full ({error}): free some space, or set run_dir elsewhere"
+        else:
+            return
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            f"[bold red]error:[/] {_escaped(message)}"
+        )
+        sys.exit(1)
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    # torch's own writer reports it as a RuntimeError without a number
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return full or "PytorchStreamWriter failed writing" in str(error)
+
+
+def _debug() -> bool:
+    return any(re.fullmatch(r"\+*debug=(true|True|1)", a) for a in sys.argv[1:])
+
+
+def _escaped(message: str) -> str:
+    return " ".join(message.split()).replace("[", r"\[")
+
+
+def _composition_fault(error: Exception) -> str:
+    """Hydra's message of several lines as one, with the nearest key that exists."""
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
+        known = sorted(str(key) for key in cause.parent_node)
+        hint = nearest(str(cause.key), known)
+        return f"{cause.full_key}: unknown key.{hint} Known: {', '.join(known)}"
+    return str(error).split("Config search path:")[0]

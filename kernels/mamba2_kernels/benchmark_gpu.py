@@ -1,0 +1,416 @@
+"""How fast the ops are here, after checking that they are right.
+
+    python -m mamba2_kernels.benchmark [--seq-len 8192] [--json FILE]
+
+On a GPU: forward and backward of the scan, the convolution and the gated norm, ours beside those of
+mamba_ssm and fla where installed, in bfloat16. Each is first checked against the PyTorch path in
+float32; one that fails is named and not timed, and then no speed-up is reported. Times are medians;
+bytes are what an op must read and write at least, and bytes per second stand beside what a copy of
+a large tensor reaches on the same part.
+
+On a CPU: the bytes and launches of the kernels, counted on Triton's interpreter, and the time of
+the PyTorch path beside that of transformers, where installed.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba2_kernels import causal_conv1d, gated_rms_norm, ssd_scan
+
+CEILING = 8e-3  # relative error of a bfloat16 result against float32
+REPEATS = 15
+
+Op = Callable[[dict[str, Tensor], str], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    name: str
+    n_heads: int
+    headdim: int
+    d_state: int
+    n_groups: int
+
+
+SHAPES = (
+    Shape("2.7B", n_heads=80, headdim=64, d_state=128, n_groups=1),
+    Shape("Codestral", n_heads=128, headdim=64, d_state=128, n_groups=8),
+)
+
+
+@dataclasses.dataclass
+class Result:
+    """One op of one library. Times in milliseconds, memory in MiB, bandwidth in GB/s."""
+
+    shape: str
+    op: str
+    library: str
+    error: float
+    forward: float | None = None
+    both: float | None = None
+    bandwidth: float | None = None
+    memory: float | None = None
+
+    @property
+    def is_right(self) -> bool:
+        return self.error <= CEILING
+
+    def __str__(self) -> str:
+        if not self.is_right:
+            return f"{self.shape:10} {self.op:14} {self.library:10} WRONG: error {self.error:.1e}"
+        return (
+            f"{self.shape:10} {self.op:14} {self.library:10} {self.forward:>9.3f} ms forward "
+            f"{self.both:>9.3f} ms with backward {self.bandwidth:>7.0f} GB/s "
+            f"{self.memory:>8.0f} MiB  error {self.error:.1e}"
+        )
+
+
+def scan_inputs(shape: Shape, seq_len: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device).to(dtype)
+
+    d_inner, d_bc = shape.n_heads * shape.headdim, shape.n_groups * shape.d_state
+    x, B, C = normal(1, seq_len, d_inner + 2 * d_bc).split([d_inner, d_bc, d_bc], dim=-1)
+    return {
+        "x": x.unflatten(-1, (shape.n_heads, shape.headdim)),
+        "dt": normal(1, seq_len, shape.n_heads) - 3,
+        "A": -torch.linspace(1, 16, shape.n_heads, device=device),
+        "B": B.unflatten(-1, (shape.n_groups, shape.d_state)),
+        "C": C.unflatten(-1, (shape.n_groups, shape.d_state)) / shape.d_state**0.5,
+        "D": torch.ones(shape.n_heads, device=device),
+    }
+
+
+def conv_inputs(shape: Shape, seq_len: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    channels = shape.n_heads * shape.headdim + 2 * shape.n_groups * shape.d_state
+    return {
+        "x": torch.randn(1, seq_len, channels, device=device).to(dtype),
+        "weight": torch.randn(channels, 4, device=device).to(dtype) / 2,
+        "bias": torch.randn(channels, device=device).to(dtype),
+    }
+
+
+def norm_inputs(shape: Shape, seq_len: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    d_inner = shape.n_heads * shape.headdim
+    x, z = torch.randn(2, 1, seq_len, d_inner, device=device).to(dtype)
+    return {"x": x, "z": z, "weight": torch.ones(d_inner, device=device, dtype=dtype)}
+
+
+def our_scan(shape: Shape) -> Op:
+    return lambda t, backend: _tensor(ssd_scan(**t, dt_softplus=True, backend=backend))
+
+
+def our_conv(shape: Shape) -> Op:
+    return lambda t, backend: _tensor(causal_conv1d(**t, backend=backend))
+
+
+def our_norm(shape: Shape) -> Op:
+    group_size = shape.n_heads * shape.headdim // shape.n_groups
+    return lambda t, backend: gated_rms_norm(**t, group_size=group_size, backend=backend)
+
+
+def peers(op: str, shape: Shape) -> Iterator[tuple[str, Op]]:
+    """The same op of other libraries that are installed."""
+    if op == "scan" and importlib.util.find_spec("mamba_ssm"):
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        yield (
+            "mamba_ssm",
+            lambda t, _: mamba_chunk_scan_combined(
+                t["x"], t["dt"], t["A"], t["B"], t["C"], 256, D=t["D"], dt_softplus=True
+            ),
+        )
+    if op == "scan" and importlib.util.find_spec("fla"):
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        def fla_scan(t: dict[str, Tensor], _: str) -> Tensor:
+            dt = torch.nn.functional.softplus(t["dt"].float())
+            repeats = shape.n_heads // shape.n_groups
+            q, k = (t[name].repeat_interleave(repeats, dim=2) for name in ("C", "B"))
+            v = (t["x"] * dt[..., None]).to(t["x"].dtype)
+            y, _state = chunk_simple_gla(q, k, v, g=dt * t["A"], scale=1.0)
+            return y + t["D"].to(y.dtype)[:, None] * t["x"]
+
+        yield "fla", fla_scan
+    if op == "conv" and importlib.util.find_spec("causal_conv1d"):
+        from causal_conv1d import causal_conv1d_fn
+
+        yield (
+            "causal_conv1d",
+            lambda t, _: causal_conv1d_fn(
+                t["x"].transpose(1, 2), t["weight"], t["bias"], activation="silu"
+            ).transpose(1, 2),
+        )
+    if op == "norm" and importlib.util.find_spec("mamba_ssm"):
+        from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+
+        group_size = shape.n_heads * shape.headdim // shape.n_groups
+        yield (
+            "mamba_ssm",
+            lambda t, _: rmsnorm_fn(
+                t["x"], t["weight"], None, z=t["z"], eps=1e-5, group_size=group_size,
+                norm_before_gate=False,
+            ),
+        )  # fmt: skip
+
+
+OPS: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[[Shape], Op]]] = {
+    "scan": (scan_inputs, our_scan),
+    "conv": (conv_inputs, our_conv),
+    "norm": (norm_inputs, our_norm),
+}
+
+
+def on_gpu(seq_len: int) -> list[Result]:
+    """Check, then time, every op of every library."""
+    results = []
+    for shape in SHAPES:
+        for op, (make_inputs, ours) in OPS.items():
+            tensors = make_inputs(shape, seq_len, "cuda", torch.bfloat16)
+            wide = {name: tensor.float() for name, tensor in tensors.items()}
+            expected = gradients(ours(shape), wide, "torch")
+            for library, run in [("ours", ours(shape)), *peers(op, shape)]:
+                result = Result(shape.name, op, library, worst_error(run, tensors, expected))
+                if result.is_right:
+                    measure(result, run, tensors)
+                results.append(result)
+                print(result, flush=True)
+            del expected
+    return results
+
+
+def gradients(run: Op, tensors: dict[str, Tensor], backend: str) -> list[Tensor]:
+    """The output and the gradient of every input."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    y = run(leaves, backend)
+    generator = torch.Generator(y.device).manual_seed(1)
+    dy = torch.randn(y.shape, generator=generator, device=y.device)
+    # The same numbers for every dtype.
+    return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), dy.bfloat16().to(y.dtype))]
+
+
+def worst_error(run: Op, tensors: dict[str, Tensor], expected: list[Tensor]) -> float:
+    found = gradients(run, tensors, "triton")
+    return max(
+        ((f.float() - e).norm() / e.norm()).item() for f, e in zip(found, expected, strict=True)
+    )
+
+
+def measure(result: Result, run: Op, tensors: dict[str, Tensor]) -> None:
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    y = run(leaves, "triton")
+    dy = torch.randn_like(y)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result.forward = milliseconds(lambda: run(leaves, "triton"))
+    result.both = milliseconds(
+        lambda: torch.autograd.grad(run(leaves, "triton"), list(leaves.values()), dy)
+    )
+    result.memory = (torch.cuda.max_memory_allocated() - before) / 2**20
+    least = sum(t.numel() * t.element_size() for t in (*tensors.values(), y))
+    result.bandwidth = least / result.forward / 1e6
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """The median time of one run on the GPU, the cache cold."""
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(REPEATS):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a copy, read and written bytes together: the part's practical limit."""
+    source = torch.empty(2**29, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / milliseconds(lambda: target.copy_(source)) / 1e6
+
+
+def speed_ups(results: list[Result]) -> list[str]:
+    """Ours against each other library; nothing at all if any of ours was wrong."""
+    if any(r.library == "ours" and not r.is_right for r in results):
+        return ["no speed-up is reported: a check of ours failed"]
+    ours = {(r.shape, r.op): r for r in results if r.library == "ours"}
+    lines = []
+    for r in results:
+        mine = ours[r.shape, r.op]
+        if r.library != "ours" and r.both is not None and mine.both is not None:
+            lines.append(f"{r.shape} {r.op}: {r.both / mine.both:.2f} x as fast as {r.library}")
+    return lines
+
+
+def on_cpu(seq_len: int) -> dict[str, Any]:
+    """Time the PyTorch path beside transformers', in float32, after checking their equality."""
+    shape = Shape("130M", n_heads=24, headdim=64, d_state=128, n_groups=1)
+    tensors = scan_inputs(shape, seq_len, "cpu", torch.float32)
+    runs: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
+        "ours": lambda t: our_scan(shape)(t, "torch")
+    }
+    theirs = _transformers_scan()
+    if theirs is not None:
+        runs["transformers"] = theirs
+    expected = runs["ours"](tensors)
+    times: dict[str, Any] = {}
+    for name, run in runs.items():
+        leaves = {key: tensor.detach().requires_grad_() for key, tensor in tensors.items()}
+        y = run(leaves)
+        error = ((y - expected).norm() / expected.norm()).item()
+        if error > 1e-4:
+            times[name] = f"WRONG: differs by {error:.1e}"
+            continue
+        dy = torch.randn_like(y)
+        forward = _median_seconds(lambda run=run: run(tensors))  # type: ignore[misc]
+        both = _median_seconds(
+            lambda run=run, leaves=leaves, dy=dy: torch.autograd.grad(  # type: ignore[misc]
+                run(leaves), list(leaves.values()), dy
+            )
+        )
+        times[name] = {"forward_s": forward, "with_backward_s": both}
+    return times
+
+
+def counted_table(seq_len: int = 128) -> str:
+    """Bytes per token of each kernel, from the interpreter, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mamba2_kernels.benchmark", "--count", "--seq-len", str(seq_len)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def count_here(seq_len: int) -> str:
+    from mamba2_kernels.interpreter import count
+
+    # One group of Codestral's eight: they are alike.
+    shape = Shape("one group of Codestral", n_heads=16, headdim=64, d_state=128, n_groups=1)
+    tensors = scan_inputs(shape, seq_len, "cpu", torch.bfloat16)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    with count() as forward:
+        y = our_scan(shape)(leaves, "triton")
+    dy = torch.ones_like(y)
+    with count() as backward:
+        torch.autograd.grad(y, list(leaves.values()), dy)
+    title = f"bytes per token at {seq_len} tokens, {shape.name}"
+    return (
+        f"{title}, forward\n{forward.table(seq_len)}\n\n"
+        f"{title}, backward\n{backward.table(seq_len)}"
+    )
+
+
+def _transformers_scan() -> Callable[[dict[str, Tensor]], Tensor] | None:
+    """transformers' own PyTorch scan, cut out of its mixer, or None."""
+    if not importlib.util.find_spec("transformers"):
+        return None
+    from transformers import Mamba2Config
+    from transformers.models.mamba2 import modeling_mamba2 as theirs
+
+    config = Mamba2Config(
+        hidden_size=768, num_heads=24, head_dim=64, state_size=128, n_groups=1, chunk_size=256
+    )
+    mixer = theirs.Mamba2Mixer(config, layer_idx=0)
+
+    def scan(t: dict[str, Tensor]) -> Tensor:
+        # The functions that torch_forward calls, in its order.
+        chunk = config.chunk_size
+        batch, seq_len, n_heads, headdim = t["x"].shape
+        dt = torch.nn.functional.softplus(t["dt"])
+        pad = (chunk - seq_len % chunk) % chunk
+        B, C = (t[name].repeat_interleave(n_heads // 1, dim=2) for name in ("B", "C"))
+        residual = t["D"][:, None] * theirs.pad_tensor_by_size(t["x"], pad)
+        x, A = t["x"] * dt[..., None], t["A"] * dt
+        x, A, B, C = (theirs.reshape_into_chunks(v, pad, chunk) for v in (x, A, B, C))
+        A = A.permute(0, 3, 1, 2)
+        cumulative = torch.cumsum(A, dim=-1)
+        decay = torch.exp(theirs.segment_sum(A))
+        scores = (C[:, :, :, None] * B[:, :, None]).sum(dim=-1)
+        weights = scores[..., None] * decay.permute(0, 2, 3, 4, 1)[..., None].squeeze(-1)[..., None]
+        y_inside = (weights * x[:, :, None]).sum(dim=3)
+        to_end = torch.exp(cumulative[:, :, :, -1:] - cumulative)
+        B_decay = B * to_end.permute(0, 2, 3, 1)[..., None]
+        states = (B_decay[..., None, :] * x[..., None]).sum(dim=2)
+        states = torch.cat([torch.zeros_like(states[:, :1]), states], dim=1)
+        ends = torch.nn.functional.pad(cumulative[:, :, :, -1], (1, 0))
+        chunk_decay = torch.exp(theirs.segment_sum(ends)).transpose(1, 3)
+        states = (chunk_decay[..., None, None] * states[:, :, None]).sum(dim=1)[:, :-1]
+        from_start = torch.exp(cumulative).permute(0, 2, 3, 1)
+        y_past = (C[..., None, :] * states[:, :, None]).sum(dim=-1) * from_start[..., None]
+        y = (y_inside + y_past).reshape(batch, -1, n_heads, headdim) + residual
+        return y[:, :seq_len]
+
+    del mixer
+    return scan
+
+
+def _median_seconds(run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _tensor(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    assert isinstance(result, Tensor)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--seq-len", type=int)
+    parser.add_argument("--json", help="file to write the results to")
+    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.count:
+        print(count_here(args.seq_len or 128))
+        return 0
+    report: dict[str, Any] = {"torch": torch.__version__}
+    failed = False
+    if torch.cuda.is_available():
+        results = on_gpu(args.seq_len or 8192)
+        report["device"] = torch.cuda.get_device_name()
+        report["copy_gb_per_s"] = copy_bandwidth()
+        report["results"] = [dataclasses.asdict(result) for result in results]
+        report["speed_ups"] = speed_ups(results)
+        print(f"a copy reaches {report['copy_gb_per_s']:.0f} GB/s on {report['device']}")
+        print("\n".join(report["speed_ups"]))
+        failed = any(r.library == "ours" and not r.is_right for r in results)
+    else:
+        print(counted_table())
+        report["cpu"] = on_cpu(args.seq_len or 1024)
+        for library, times in report["cpu"].items():
+            print(f"{library}: {times}")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(report, file, indent=1)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,530 @@
+"""The Mamba2 language model: embeddings, a stack of mixer blocks, a norm and a head.
+
+One block is ``x = x + mixer(norm(x))``; the mixer (Dao & Gu 2024, "Transformers are SSMs",
+arXiv 2405.21060, section 7) is
+
+    z, x, B, C, dt = split(in_proj(u))
+    x, B, C        = silu(causal_conv1d(x, B, C))
+    S_t            = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T         one (p, n) state per head
+    y_t            = S_t C_t + D x_t
+    out            = out_proj(rms_norm(y * silu(z)))              the norm is per group
+
+Module paths are those of Hugging Face's checkpoints (``backbone.layers.0.mixer.in_proj``), so
+adapters and weights travel. Nothing here knows of LoRA, quantization or parallelism: `in_proj`,
+`out_proj`, `embeddings` and `lm_head` are always called as modules, so that whatever replaces
+them is heard.
+
+Shapes in comments: b batch, t position, h head, p headdim, g group, n d_state.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from mamba2_kernels import (
+    causal_conv1d,
+    causal_conv1d_step,
+    gated_rms_norm,
+    rms_norm,
+    ssd_scan,
+    ssd_step,
+)
+from mamba2_train.loss import IGNORED, cross_entropy, shifted_labels
+
+Checkpointing = Literal["none", "selective", "full"]
+Reduction = Literal["mean", "sum", "none"]
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    """Shape of a Mamba2 LM, in the paper's names. Defaults are state-spaces/mamba2-130m's."""
+
+    d_model: int = 768
+    n_layers: int = 24
+    vocab_size: int = 50_288
+    d_state: int = 128
+    d_conv: int = 4
+    expand: int = 2
+    headdim: int = 64
+    n_groups: int = 1
+    chunk_size: int = 256
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    tie_embeddings: bool = True
+    use_bias: bool = False
+    use_conv_bias: bool = True
+
+    def __post_init__(self) -> None:
+        sizes = ("d_model", "n_layers", "vocab_size", "d_state", "d_conv", "expand", "headdim")
+        for name in (*sizes, "chunk_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.d_inner % self.headdim:
+            raise ValueError(
+                f"headdim {self.headdim} does not divide d_inner = expand * d_model = "
+                f"{self.d_inner}; choose a headdim that does"
+            )
+        if self.n_groups < 1 or self.n_heads % self.n_groups:
+            raise ValueError(
+                f"n_groups {self.n_groups} does not divide the {self.n_heads} heads; "
+                f"choose one of its divisors"
+            )
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def n_heads(self) -> int:
+        return self.d_inner // self.headdim
+
+    @property
+    def d_conv_channels(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.d_inner + 2 * self.n_groups * self.d_state
+
+    @property
+    def d_in_proj(self) -> int:
+        """Rows of `in_proj`, in the order z, x, B, C, dt."""
+        return self.d_inner + self.d_conv_channels + self.n_heads
+
+
+PRESETS: dict[str, Mamba2Config] = {
+    "mamba2-130m": Mamba2Config(d_model=768, n_layers=24),
+    "mamba2-370m": Mamba2Config(d_model=1024, n_layers=48),
+    "mamba2-780m": Mamba2Config(d_model=1536, n_layers=48),
+    "mamba2-1.3b": Mamba2Config(d_model=2048, n_layers=48),
+    "mamba2-2.7b": Mamba2Config(d_model=2560, n_layers=64),
+    "mamba-codestral-7b": Mamba2Config(
+        d_model=4096, n_layers=64, vocab_size=32_768, n_groups=8, tie_embeddings=False
+    ),
+    "tiny": Mamba2Config(
+        d_model=192, n_layers=8, vocab_size=4_096, d_state=64, headdim=32, chunk_size=64
+    ),
+}
+
+
+class LayerState(NamedTuple):
+    """What one layer remembers of the past.
+
+    conv: (b, d_conv - 1, channels), the last inputs of the convolution, oldest first.
+    ssm: (b, h, p, n), at least float32.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+@dataclass
+class Mamba2State:
+    """All that a later call needs to go on where an earlier one stopped.
+
+    seq_idx: (b,) int32, the document that each row was in, -1 where it has seen nothing. A row
+    whose next call begins with another document starts from zero.
+    """
+
+    layers: list[LayerState]
+    seq_idx: Tensor
+
+
+@dataclass
+class Mamba2Output:
+    """loss: fp32 (at least), mean or sum over `n_tokens`, or per token (b, t) for "none".
+
+    logits (b, kept positions, vocab_size) when there are no labels or `logits_to_keep` asks.
+    """
+
+    loss: Tensor | None = None
+    n_tokens: Tensor | None = None
+    logits: Tensor | None = None
+    state: Mamba2State | None = None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight; statistics in fp32. With `group_size` and a gate: Mamba2's norm."""
+
+    def __init__(self, width: int, eps: float, group_size: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+        self.group_size = group_size or width
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        if gate is None:
+            return rms_norm(x, self.weight, eps=self.eps)
+        return gated_rms_norm(x, gate, self.weight, eps=self.eps, group_size=self.group_size)
+
+
+class Mamba2Mixer(nn.Module):
+    """(b, t, d_model) -> (b, t, d_model): what mixes information across positions."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.d_conv_channels
+        self.in_proj = nn.Linear(config.d_model, config.d_in_proj, bias=config.use_bias)
+        self.conv1d = nn.Conv1d(
+            channels, channels, config.d_conv, groups=channels, bias=config.use_conv_bias
+        )
+        self.dt_bias = nn.Parameter(torch.empty(config.n_heads))
+        self.A_log = nn.Parameter(torch.empty(config.n_heads))
+        self.D = nn.Parameter(torch.ones(config.n_heads))
+        self.norm = RMSNorm(config.d_inner, config.norm_eps, config.d_inner // config.n_groups)
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=config.use_bias)
+
+    def forward(
+        self,
+        u: Tensor,
+        seq_idx: Tensor | None = None,
+        state: LayerState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, LayerState | None]:
+        c = self.config
+        z, xBC, dt = self._split(self.in_proj(u))
+        conv = causal_conv1d(
+            xBC,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            seq_idx=seq_idx,
+            initial_state=None if state is None else state.conv,
+            return_final_state=return_state,
+        )
+        xBC, conv_state = _output_and_state(conv, return_state)
+        x, B, C = self._split_conv(xBC)
+        scan = ssd_scan(
+            x,
+            dt,
+            self._A(),
+            B,
+            C,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=c.dt_limit,
+            chunk_size=c.chunk_size,
+            seq_idx=seq_idx,
+            initial_state=None if state is None else state.ssm,
+            return_final_state=return_state,
+        )
+        y, ssm_state = _output_and_state(scan, return_state)
+        out = self.out_proj(self.norm(y.flatten(-2), gate=z))
+        return out, LayerState(conv_state, ssm_state) if return_state else None
+
+    def step(self, u: Tensor, state: LayerState) -> Tensor:
+        """One token (b, d_model) -> (b, d_model). `state` is updated in place; no gradient."""
+        z, xBC, dt = self._split(self.in_proj(u))
+        xBC = causal_conv1d_step(
+            xBC, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
+        )
+        x, B, C = self._split_conv(xBC)
+        y = ssd_step(
+            x,
+            dt,
+            self._A(),
+            B,
+            C,
+            state.ssm,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=self.config.dt_limit,
+        )
+        return self.out_proj(self.norm(y.flatten(-2), gate=z))
+
+    def _A(self) -> Tensor:
+        # at least fp32: in bf16 neighbouring decay rates collapse into one
+        A_log = self.A_log
+        return -torch.exp(A_log if A_log.dtype == torch.float64 else A_log.float())
+
+    def _split(self, zxBCdt: Tensor) -> tuple[Tensor, ...]:
+        c = self.config
+        return zxBCdt.split([c.d_inner, c.d_conv_channels, c.n_heads], dim=-1)
+
+    def _split_conv(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.config
+        d_bc = c.n_groups * c.d_state
+        x, B, C = xBC.split([c.d_inner, d_bc, d_bc], dim=-1)
+        heads, groups = (c.n_heads, c.headdim), (c.n_groups, c.d_state)
+        return x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+
+class Mamba2Block(nn.Module):
+    """x + mixer(norm(x)), the sum in the residual stream's dtype."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = Mamba2Mixer(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        seq_idx: Tensor | None = None,
+        state: LayerState | None = None,
+        return_state: bool = False,
+        *,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, LayerState | None]:
+        out, state = self.mixer(self.norm(x.to(dtype)), seq_idx, state, return_state)
+        return x + out, state
+
+    def step(self, x: Tensor, state: LayerState, *, dtype: torch.dtype) -> Tensor:
+        return x + self.mixer.step(self.norm(x.to(dtype)), state)
+
+
+class Mamba2Backbone(nn.Module):
+    """Token ids (b, t) -> hidden states (b, t, d_model) after the last norm."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.n_layers))
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self.checkpointing: Checkpointing = "none"
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        seq_idx: Tensor | None,
+        state: Mamba2State | None,
+        return_state: bool,
+    ) -> tuple[Tensor, list[LayerState]]:
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        x, dtype = self._residual(x)
+        states = []
+        for i, layer in enumerate(self.layers):
+            block = _checkpointed(partial(layer, dtype=dtype), self._mode())
+            x, layer_state = block(x, seq_idx, state.layers[i] if state else None, return_state)
+            states.append(layer_state)
+        return self.norm_f(x.to(dtype)), states
+
+    def step(self, input_ids: Tensor, state: Mamba2State) -> Tensor:
+        x, dtype = self._residual(self.embeddings(input_ids))
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+            x = layer.step(x, layer_state, dtype=dtype)  # type: ignore[operator]
+        return self.norm_f(x.to(dtype))
+
+    def _residual(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
+        """The residual stream, perhaps in fp32, and the dtype that the blocks compute in."""
+        wide = self.config.residual_in_fp32 and x.dtype != torch.float64
+        return x.float() if wide else x, x.dtype
+
+    def _mode(self) -> Checkpointing:
+        return self.checkpointing if torch.is_grad_enabled() else "none"
+
+
+class Mamba2LM(nn.Module):
+    """A Mamba2 language model. `initialize` draws its weights; `load_pretrained` reads them."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Mamba2Backbone(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make head and embeddings one parameter again, where the config says so.
+
+        Needed after anything that replaces parameters, such as `to_empty` or a load that assigns.
+        """
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
+
+    def set_checkpointing(self, mode: Checkpointing) -> None:
+        """What is kept of a block for its backward.
+
+        "none" keeps every intermediate. "selective" keeps the outputs of the matrix products
+        (the projections) and recomputes convolution, scan and norms. "full" keeps the block's
+        input alone.
+        """
+        if mode not in ("none", "selective", "full"):
+            raise ValueError(f"checkpointing is {mode!r}; choose none, selective or full")
+        self.backbone.checkpointing = mode
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        state: Mamba2State | None = None,
+        return_state: bool = False,
+        logits_to_keep: int | Tensor | None = None,
+        reduction: Reduction = "mean",
+    ) -> Mamba2Output:
+        """
+        Args:
+            input_ids: (b, t) int64; or `inputs_embeds` (b, t, d_model).
+            labels: (b, t) int64, -100 ignored; shifted here, and the first token of each
+                document is ignored when `seq_idx` is given, for nothing before it predicts it.
+            shift_labels: (b, t), already aligned with the position that predicts them.
+            attention_mask: (b, t), 0 marks padding; becomes `seq_idx`.
+            seq_idx: (b, t) int32, the document that each token belongs to; -1 marks padding.
+            state: where an earlier call on the same rows stopped.
+            return_state: also return the state after the last token.
+            logits_to_keep: number of last positions to return logits of, or their indices
+                (b, k). Without labels: all.
+            reduction: "mean" over the tokens that count, "sum", or "none": (b, t), 0 if ignored.
+
+        Raises:
+            ValueError: no input or two, or shapes that disagree.
+        """
+        self._check(input_ids, inputs_embeds, labels, shift_labels, attention_mask, seq_idx)
+        if attention_mask is not None:
+            if seq_idx is None:
+                seq_idx = torch.zeros_like(attention_mask, dtype=torch.int32)
+            seq_idx = seq_idx.masked_fill(attention_mask == 0, -1)
+        if labels is not None:
+            shift_labels = shifted_labels(labels, seq_idx)
+        if state is not None:
+            state = _continued(state, seq_idx)
+
+        hidden, layers = self.backbone(input_ids, inputs_embeds, seq_idx, state, return_state)
+        out = Mamba2Output()
+        if return_state:
+            out.state = Mamba2State(layers, _last_document(state, seq_idx, hidden))
+        if shift_labels is not None:
+            out.n_tokens = (shift_labels != IGNORED).sum()
+            out.loss = cross_entropy(
+                hidden, self.lm_head, shift_labels, per_token=reduction == "none"
+            )
+            if reduction == "mean":
+                # a batch without a single label has loss 0 and gradient 0, not nan
+                out.loss = out.loss / out.n_tokens.clamp(min=1)
+        if shift_labels is None or logits_to_keep is not None:
+            out.logits = self.lm_head(_kept(hidden, logits_to_keep))
+        return out
+
+    def step(self, input_ids: Tensor, state: Mamba2State) -> Tensor:
+        """Logits (b, vocab_size) after one more token (b,); `state` is updated in place."""
+        return self.lm_head(self.backbone.step(input_ids, state))
+
+    def _check(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, *rest: Any) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, one of the two")
+        shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:2]  # type: ignore[union-attr]
+        names = ("labels", "shift_labels", "attention_mask", "seq_idx")
+        for name, value in zip(names, rest, strict=True):
+            if value is not None and value.shape != shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}, the input {tuple(shape)}; "
+                    f"both must be (batch, seq_len)"
+                )
+        if rest[0] is not None and rest[1] is not None:
+            raise ValueError("give labels (shifted here) or shift_labels (already), not both")
+
+
+@torch.no_grad()
+def initialize(model: Mamba2LM, *, seed: int = 0) -> Mamba2LM:
+    """Fresh weights, as the paper's code draws them (mamba_ssm: Mamba2, _init_weights).
+
+    dt_bias such that softplus gives steps log-uniform in [0.001, 0.1]; A uniform in [1, 16];
+    out_proj shrunk by sqrt(n_layers) so that the residual stream keeps its scale.
+    """
+    generator = torch.Generator(device=model.lm_head.weight.device).manual_seed(seed)
+    uniform = partial(nn.init.uniform_, generator=generator)
+    config = model.config
+    nn.init.normal_(model.backbone.embeddings.weight, std=0.02, generator=generator)
+    if not config.tie_embeddings:
+        nn.init.kaiming_uniform_(model.lm_head.weight, a=math.sqrt(5), generator=generator)
+    for layer in model.backbone.layers:
+        mixer: Mamba2Mixer = layer.mixer  # type: ignore[assignment]
+        for projection in (mixer.in_proj, mixer.out_proj):
+            nn.init.kaiming_uniform_(projection.weight, a=math.sqrt(5), generator=generator)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        mixer.out_proj.weight /= math.sqrt(config.n_layers)
+        bound = 1 / math.sqrt(config.d_conv)
+        uniform(mixer.conv1d.weight, -bound, bound)
+        if mixer.conv1d.bias is not None:
+            uniform(mixer.conv1d.bias, -bound, bound)
+        dt = torch.exp(uniform(torch.empty_like(mixer.dt_bias), math.log(1e-3), math.log(1e-1)))
+        dt = dt.clamp(min=1e-4)
+        mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus' inverse
+        mixer.A_log.copy_(torch.log(uniform(torch.empty_like(mixer.A_log), 1.0, 16.0)))
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, Mamba2Mixer):
+            nn.init.ones_(module.D)
+    return model
+
+
+def flops_per_token(config: Mamba2Config) -> int:
+    """Multiply-adds x 2 of one token's forward pass: projections, scan, convolution, head.
+
+    The scan is counted as its recurrence (state update and read-out), the work that cannot be
+    avoided; the tiles of the chunked form are an implementation's choice.
+    """
+    c = config
+    projections = c.d_model * (c.d_in_proj + c.d_inner)
+    scan = 3 * c.d_inner * c.d_state
+    conv = c.d_conv * c.d_conv_channels
+    return 2 * (c.n_layers * (projections + scan + conv) + c.d_model * c.vocab_size)
+
+
+def _output_and_state(result: Any, has_state: bool) -> tuple[Tensor, Any]:
+    return result if has_state else (result, None)
+
+
+def _checkpointed(block: Callable[..., Any], mode: Checkpointing) -> Callable[..., Any]:
+    if mode == "none":
+        return block
+    if mode == "full":
+        return partial(checkpoint, block, use_reentrant=False)
+    contexts = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
+    return partial(checkpoint, block, use_reentrant=False, context_fn=contexts)
+
+
+def _keep_matrix_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _kept(hidden: Tensor, logits_to_keep: int | Tensor | None) -> Tensor:
+    if logits_to_keep is None:
+        return hidden
+    if isinstance(logits_to_keep, int):
+        return hidden[:, max(hidden.shape[1] - logits_to_keep, 0) :]
+    return hidden.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def _continued(state: Mamba2State, seq_idx: Tensor | None) -> Mamba2State:
+    """`state`, zero in the rows whose next document is not the one they were in."""
+    if seq_idx is None:
+        return state
+    valid = seq_idx >= 0
+    first = seq_idx.gather(1, valid.int().argmax(1, keepdim=True)).squeeze(1)
+    keep = (first == state.seq_idx) | ~valid.any(1)
+    conv, ssm = keep[:, None, None], keep[:, None, None, None]
+    layers = [LayerState(s.conv * conv, s.ssm * ssm) for s in state.layers]
+    return Mamba2State(layers, state.seq_idx)
+
+
+def _last_document(state: Mamba2State | None, seq_idx: Tensor | None, hidden: Tensor) -> Tensor:
+    """(b,) the document that each row ends in."""
+    if seq_idx is None:
+        if state is not None:
+            return state.seq_idx
+        return torch.zeros(hidden.shape[0], dtype=torch.int32, device=hidden.device)
+    before = state.seq_idx if state is not None else seq_idx.new_full(seq_idx.shape[:1], -1)
+    valid = seq_idx >= 0
+    last = seq_idx.shape[1] - 1 - valid.flip(1).int().argmax(1, keepdim=True)
+    return torch.where(valid.any(1), seq_idx.gather(1, last).squeeze(1), before)

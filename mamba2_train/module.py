@@ -1,0 +1,133 @@
+"""The LightningModule: what a step of training is.
+
+The loss of an optimizer step is the mean over all tokens that count, whichever micro-batch and
+rank holds them:
+
+    loss = sum of token losses / number of tokens        over accumulation and ranks
+
+A micro-batch cannot know the others' counts, so it back-propagates its *sum*, and the gradients
+are divided once, by the total, before they are clipped. Averaging the means of the micro-batches
+instead would weigh a token by how empty its batch is.
+"""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from mamba2_train.model import Mamba2LM
+from mamba2_train.optim import build_optimizer, lr_factor
+from mamba2_train.schema import OptimizerConfig, SchedulerConfig
+
+
+class TokenMean:
+    """Sum of losses and number of tokens, since the last `reset`, on this rank."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.loss: Tensor | float = 0.0
+        self.tokens: Tensor | int = 0
+
+    def add(self, loss_sum: Tensor, tokens: Tensor) -> None:
+        # fp64: an fp32 sum of a whole validation set loses digits
+        self.loss = self.loss + loss_sum.detach().double()
+        self.tokens = self.tokens + tokens
+
+    def reduced(self, module: L.LightningModule) -> tuple[Tensor, Tensor]:
+        """Mean loss and number of tokens over all ranks; every rank must call this."""
+        local = torch.stack(
+            [
+                torch.as_tensor(v, dtype=torch.float64, device=module.device)
+                for v in (self.loss, self.tokens)
+            ]
+        )
+        total = module.trainer.strategy.reduce(local, reduce_op="sum")
+        return total[0] / total[1].clamp(min=1), total[1]
+
+
+class Mamba2Module(L.LightningModule):
+    """Trains a Mamba2LM, whole or through the adapters that have been put on it.
+
+    Batches are dicts of `input_ids`, `labels` (b, t) int64 and `seq_idx` (b, t) int32.
+    """
+
+    # a checkpoint holds what is trained; the frozen rest is where it came from
+    strict_loading = False
+
+    def __init__(
+        self, model: Mamba2LM, optimizer: OptimizerConfig, scheduler: SchedulerConfig
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer_config = optimizer
+        self.scheduler_config = scheduler
+        self.window = TokenMean()  # the micro-batches of one optimizer step
+        self.validation = TokenMean()
+        self.validated_step: int | None = None
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss_sum, n_tokens = self._losses(batch)
+        self.window.add(loss_sum, n_tokens)
+        return loss_sum
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        loss, tokens = self.window.reduced(self)
+        self.window.reset()
+        # Lightning has divided by the accumulation, DDP by the ranks; a window at the end of an
+        # epoch may be shorter, and is divided by the full accumulation all the same
+        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        scale = shares / tokens.clamp(min=1)
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.log_dict(
+            {
+                "train/loss": loss.float(),
+                "train/grad_norm": norm,
+                "train/lr": optimizer.param_groups[0]["lr"],
+            },
+            prog_bar=True,
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation.reset()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.validation.add(*self._losses(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        loss, _ = self.validation.reduced(self)
+        self.log("val/loss", loss.float(), prog_bar=True)
+        self.log("val/perplexity", loss.exp().float(), prog_bar=True)
+        self.validated_step = self.trainer.global_step
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.model, self.optimizer_config)
+        total = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total):
+            raise ValueError(f"the number of steps is {total}; set trainer.max_steps")
+        factor = lr_factor(self.scheduler_config, int(total))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in weights.items() if k in trained}
+
+    def _losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        out = self.model(
+            batch["input_ids"],
+            labels=batch["labels"],
+            seq_idx=batch["seq_idx"],
+            reduction="sum",
+        )
+        return out.loss, out.n_tokens

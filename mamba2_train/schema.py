@@ -1,0 +1,280 @@
+"""What a run may be configured to do: one pydantic model per group, and the checks across groups.
+
+Hydra composes, this decides. Everything here runs before a weight or a row is read, so a misspelt
+key or a wrong type costs a second and not a queue. Each field's meaning stands once, in its
+description; `configs/` holds the defaults.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mamba2_train.data.config import DataConfig
+from mamba2_train.errors import UserError, nearest
+from mamba2_train.model import PRESETS, Checkpointing
+
+LORA_TARGETS = ("in_proj", "out_proj", "embeddings", "lm_head")
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Group(BaseModel):
+    """A group of settings: every key is known, every value has its type, nothing is coerced
+    from a string that happens to look like a number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelConfig(Group):
+    """Where the weights come from, and how the blocks are kept in memory."""
+
+    source: str | None = Field(description="'embedded', a folder or a hub id; null: from scratch")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
+    preset: str | None = Field(default=None, description="shape of a model from scratch")
+    tokenizer: str | None = Field(default=None, description="folder or hub id; null: the model's")
+    checkpointing: Checkpointing = Field(
+        default="none", description="what a block keeps for its backward: none, selective, full"
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelConfig":
+        if (self.source is None) == (self.preset is None):
+            raise ValueError("set source (weights to start from) or preset (from scratch), one")
+        if self.preset is not None and self.preset not in PRESETS:
+            hint = nearest(self.preset, PRESETS)
+            raise ValueError(
+                f"preset {self.preset!r} is unknown.{hint} Known: {', '.join(PRESETS)}"
+            )
+        if self.preset is not None and self.tokenizer is None:
+            raise ValueError("a model from scratch has no tokenizer of its own: set tokenizer")
+        return self
+
+
+class LoraConfig(Group):
+    """Low-rank adapters: W + alpha / r * B A."""
+
+    kind: Literal["lora"]
+    r: PositiveInt = Field(description="rank")
+    alpha: PositiveFloat = Field(description="the update is scaled by alpha / r")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rslora: bool = Field(default=False, description="scale by alpha / sqrt(r) instead")
+    targets: list[str] | Literal["all-linear"] = Field(
+        description="modules to adapt; all-linear: in_proj and out_proj"
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _known_targets(cls, targets: list[str] | str) -> list[str] | str:
+        if not targets:
+            raise ValueError("is empty: name at least one module, or set adapter=full")
+        for target in targets if isinstance(targets, list) else ():
+            if target not in LORA_TARGETS:
+                raise ValueError(
+                    f"'{target}' is no module to adapt.{nearest(target, LORA_TARGETS)} "
+                    f"Known: {', '.join(LORA_TARGETS)}, or all-linear"
+                )
+        return targets
+
+    @property
+    def target_names(self) -> list[str]:
+        # peft's own all-linear would take lm_head too
+        if self.targets == "all-linear":
+            return ["in_proj", "out_proj"]
+        return list(dict.fromkeys(self.targets))
+
+
+class FullConfig(Group):
+    """Every parameter is trained."""
+
+    kind: Literal["full"]
+
+
+class OptimizerConfig(Group):
+    """AdamW. Decay leaves out A_log, D, dt_bias, norms and biases."""
+
+    kind: Literal["adamw"]
+    lr: PositiveFloat
+    betas: tuple[Fraction, Fraction]
+    eps: PositiveFloat
+    weight_decay: NonNegativeFloat
+
+
+class SchedulerConfig(Group):
+    """Learning rate over the run: linear warm-up, then a shape, down to `min_lr_fraction`."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd"]
+    warmup_fraction: Fraction = Field(description="share of all steps spent warming up")
+    min_lr_fraction: Fraction = Field(default=0.0, description="last rate over highest rate")
+    decay_fraction: Fraction = Field(default=0.2, description="wsd: share of steps spent decaying")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SchedulerConfig":
+        if self.kind == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction {self.warmup_fraction} + decay_fraction "
+                f"{self.decay_fraction} exceed the whole run; lower one"
+            )
+        return self
+
+
+class StrategyConfig(Group):
+    """Where the run computes, through Lightning."""
+
+    kind: Literal["auto", "single", "ddp"]
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: PositiveInt | Literal["auto"] = "auto"
+    num_nodes: PositiveInt = 1
+
+
+class PrecisionConfig(Group):
+    """dtype of the frozen weights, and of the products. A_log, D, dt_bias, norms, the scan's
+    state and LoRA's weights are always float32."""
+
+    weights: Literal["float32", "bfloat16"]
+    autocast: Literal["bfloat16"] | None
+
+
+class SavingConfig(Group):
+    """A checkpoint is written after each validation."""
+
+    keep: PositiveInt = Field(description="best checkpoints kept, by val/loss")
+
+
+class EarlyStoppingConfig(Group):
+    patience: PositiveInt = Field(description="validations without a better val/loss")
+
+
+class SamplesConfig(Group):
+    prompts: list[str] = Field(description="continued before and after training")
+    max_new_tokens: PositiveInt
+    temperature: NonNegativeFloat
+    top_p: Annotated[float, Field(gt=0, le=1)]
+
+
+class CallbacksConfig(Group):
+    saving: SavingConfig
+    early_stopping: EarlyStoppingConfig | None
+    samples: SamplesConfig
+
+
+class LoggerConfig(Group):
+    """CSV is always written: the report is made from it."""
+
+    wandb: Literal["offline", "online"] | None
+    project: str
+    tags: list[str] = []
+
+
+class TrainerConfig(Group):
+    max_epochs: PositiveInt | None
+    max_steps: PositiveInt | None
+    accumulate: PositiveInt = Field(description="micro-batches per optimizer step")
+    clip_norm: PositiveFloat | None = Field(description="largest norm of the gradient")
+    validate_every: PositiveInt | Fraction = Field(
+        description="optimizer steps, or a share of an epoch"
+    )
+    log_every: PositiveInt = Field(description="optimizer steps between logged points")
+    progress_bar: bool = True
+
+    @model_validator(mode="after")
+    def _ends(self) -> "TrainerConfig":
+        if self.max_epochs is None and self.max_steps is None:
+            raise ValueError("the run would never end: set max_epochs or max_steps")
+        return self
+
+
+class TrainConfig(Group):
+    """A whole run of `mamba2-train`."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    seed: NonNegativeInt
+    run_dir: Path
+    debug: bool = Field(description="show tracebacks")
+    model: ModelConfig
+    adapter: Annotated[LoraConfig | FullConfig, Field(discriminator="kind")]
+    data: DataConfig
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    strategy: StrategyConfig
+    precision: PrecisionConfig
+    callbacks: CallbacksConfig
+    logger: LoggerConfig
+    trainer: TrainerConfig
+
+    @model_validator(mode="after")
+    def _across_groups(self) -> "TrainConfig":
+        if self.adapter.kind == "full" and self.precision.weights == "bfloat16":
+            raise ValueError(
+                "adapter=full trains the weights themselves, and in bfloat16 small updates are "
+                "lost: use precision=bf16-mixed, or adapter=lora"
+            )
+        if self.adapter.kind == "lora" and self.model.source is None:
+            raise ValueError(
+                "adapter=lora needs weights to adapt: set model.source or adapter=full"
+            )
+        return self
+
+
+class GenerateConfig(Group):
+    """A run of `mamba2-generate`."""
+
+    model: str = Field(description="'embedded', a folder, a hub id, an adapter or a run folder")
+    prompt: str
+    max_new_tokens: PositiveInt
+    temperature: NonNegativeFloat
+    top_k: PositiveInt | None
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    seed: NonNegativeInt
+    debug: bool
+
+
+def validated(schema: type[Group], values: dict[str, Any]) -> Any:
+    """`values` as a `schema`, or a UserError that names the path of each fault and the cure."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        faults: dict[str, str] = {}
+        for fault in error.errors():
+            # a union fails once for each of its types; the first is the likeliest
+            where, what = _fault(schema, fault)
+            faults.setdefault(where, what)
+        message = "; ".join(f"{where}: {what}" for where, what in faults.items())
+        raise UserError(message) from error
+
+
+def _fault(schema: type[BaseModel], error: Any) -> tuple[str, str]:
+    """Where, as the user writes it, and what."""
+    path = [str(p) for p in error["loc"] if isinstance(p, int) or _is_key(p)]
+    where = ".".join(path) or "config"
+    if error["type"] == "extra_forbidden":
+        known = _fields(schema, path[:-1])
+        return where, f"unknown key.{nearest(path[-1], known)} Known: {', '.join(sorted(known))}"
+    if error["type"] == "missing":
+        return where, "needs a value"
+    if error["type"] == "value_error":
+        return where, str(error["ctx"]["error"])
+    return where, f"{error['msg']} (got {error['input']!r})"
+
+
+def _is_key(part: str) -> bool:
+    """Not so: a union's tag or one of its types, which pydantic puts into the path."""
+    return part.isidentifier() and part not in ("lora", "full", "int", "float", "str")
+
+
+def _fields(schema: type[BaseModel], path: list[str]) -> list[str]:
+    for key in path:
+        annotation: Any = schema.model_fields[key].annotation
+        choices = getattr(annotation, "__args__", (annotation,))
+        schema = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(schema.model_fields)
