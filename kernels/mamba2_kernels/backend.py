@@ -19,11 +19,25 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 
 # op -> the module that holds its Triton path, imported at the op's first call on that path, because
 # Triton exists only on Linux. Such a module has the same functions as the op's PyTorch path.
-TRITON_MODULES: dict[str, str] = {}
+TRITON_MODULES: dict[str, str] = {
+    "ssd_scan": "mamba2_kernels.ssd.triton_scan",
+    "ssd_step": "mamba2_kernels.step_triton",
+    "causal_conv1d": "mamba2_kernels.conv1d_triton",
+    "causal_conv1d_step": "mamba2_kernels.step_triton",
+    "rms_norm": "mamba2_kernels.norm_triton",
+    "gated_rms_norm": "mamba2_kernels.norm_triton",
+    "gated_square_sum": "mamba2_kernels.norm_triton",
+    "gated_scale": "mamba2_kernels.norm_triton",
+}
 
 
-def resolve_backend(op: str, backend: str, device: torch.device) -> str:
+def resolve_backend(
+    op: str, backend: str, device: torch.device, no_kernel: str | None = None
+) -> str:
     """Return "triton", "torch" or "reference" for the backend a caller named.
+
+    Args:
+        no_kernel: why there is no kernel for a call's shapes and dtypes, or None if there is one.
 
     Raises:
         ValueError: the name is unknown, or it is "triton" and Triton cannot run this op here.
@@ -33,13 +47,13 @@ def resolve_backend(op: str, backend: str, device: torch.device) -> str:
     if backend == "auto":
         if device.type != "cuda":
             return "torch"
-        reason = why_no_triton(op, device)
+        reason = why_no_triton(op, device) or no_kernel
         if reason is None:
             return "triton"
         _log_fallback(op, reason)
         return "torch"
     if backend == "triton":
-        reason = why_no_triton(op, device)
+        reason = why_no_triton(op, device) or no_kernel
         if reason is not None:
             raise ValueError(
                 f"{op}: backend 'triton' cannot run: {reason}. "

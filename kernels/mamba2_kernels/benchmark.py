@@ -1,5 +1,7 @@
 """Time the SSD scan beside transformers' own: `python -m mamba2_kernels.benchmark`.
 
+On a GPU the kernels are timed beside other libraries' instead: see `benchmark_gpu`.
+
 Both run in turn, forward and forward with backward; medians are reported. The numbers are checked
 first, against the sequential reference and against transformers, and no time is reported for a
 shape whose check fails.
@@ -49,10 +51,15 @@ SHAPES = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark and return the exit status, 1 if a check failed."""
+    if torch.cuda.is_available():
+        from mamba2_kernels import benchmark_gpu
+
+        return benchmark_gpu.main(arguments)
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m mamba2_kernels.benchmark")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--count", action="store_true", help="also count what the kernels move")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     peer = _transformers_scan()
@@ -70,6 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
             ours, packed, *theirs = (1000 * seconds for seconds in times)
             line = f"{name:10}{row:10}{ours:9.2f}{packed:9.2f}"
             print(line + (f"{theirs[0]:9.2f}{theirs[0] / ours:9.1f}x" if theirs else ""))
+    if options.count:
+        from mamba2_kernels import benchmark_gpu
+
+        print(benchmark_gpu.counted_table())
     return int(failed)
 
 

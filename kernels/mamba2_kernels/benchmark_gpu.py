@@ -1,15 +1,14 @@
-"""How fast the ops are here, after checking that they are right.
+"""How fast the kernels are on this GPU, after checking that they are right.
 
     python -m mamba2_kernels.benchmark [--seq-len 8192] [--json FILE]
 
-On a GPU: forward and backward of the scan, the convolution and the gated norm, ours beside those of
-mamba_ssm and fla where installed, in bfloat16. Each is first checked against the PyTorch path in
-float32; one that fails is named and not timed, and then no speed-up is reported. Times are medians;
-bytes are what an op must read and write at least, and bytes per second stand beside what a copy of
-a large tensor reaches on the same part.
+Forward and backward of the scan, the convolution and the gated norm, ours beside those of
+mamba_ssm, causal_conv1d and fla where installed, in bfloat16. Each is first checked against the
+PyTorch path in float32; one that fails is named and not timed, and then no speed-up is reported.
+Times are medians, the cache cold; bytes are what an op must read and write at least, and bytes per
+second stand beside what a copy of a large tensor reaches on the same part.
 
-On a CPU: the bytes and launches of the kernels, counted on Triton's interpreter, and the time of
-the PyTorch path beside that of transformers, where installed.
+Without a GPU `counted_table` says what the kernels move, counted on Triton's interpreter.
 """
 
 import argparse
@@ -20,9 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -262,40 +259,17 @@ def speed_ups(results: list[Result]) -> list[str]:
     return lines
 
 
-def on_cpu(seq_len: int) -> dict[str, Any]:
-    """Time the PyTorch path beside transformers', in float32, after checking their equality."""
-    shape = Shape("130M", n_heads=24, headdim=64, d_state=128, n_groups=1)
-    tensors = scan_inputs(shape, seq_len, "cpu", torch.float32)
-    runs: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
-        "ours": lambda t: our_scan(shape)(t, "torch")
-    }
-    theirs = _transformers_scan()
-    if theirs is not None:
-        runs["transformers"] = theirs
-    expected = runs["ours"](tensors)
-    times: dict[str, Any] = {}
-    for name, run in runs.items():
-        leaves = {key: tensor.detach().requires_grad_() for key, tensor in tensors.items()}
-        y = run(leaves)
-        error = ((y - expected).norm() / expected.norm()).item()
-        if error > 1e-4:
-            times[name] = f"WRONG: differs by {error:.1e}"
-            continue
-        dy = torch.randn_like(y)
-        forward = _median_seconds(lambda run=run: run(tensors))  # type: ignore[misc]
-        both = _median_seconds(
-            lambda run=run, leaves=leaves, dy=dy: torch.autograd.grad(  # type: ignore[misc]
-                run(leaves), list(leaves.values()), dy
-            )
-        )
-        times[name] = {"forward_s": forward, "with_backward_s": both}
-    return times
-
-
 def counted_table(seq_len: int = 128) -> str:
     """Bytes per token of each kernel, from the interpreter, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "mamba2_kernels.benchmark", "--count", "--seq-len", str(seq_len)],
+        [
+            sys.executable,
+            "-m",
+            "mamba2_kernels.benchmark_gpu",
+            "--count",
+            "--seq-len",
+            str(seq_len),
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -323,93 +297,37 @@ def count_here(seq_len: int) -> str:
     )
 
 
-def _transformers_scan() -> Callable[[dict[str, Tensor]], Tensor] | None:
-    """transformers' own PyTorch scan, cut out of its mixer, or None."""
-    if not importlib.util.find_spec("transformers"):
-        return None
-    from transformers import Mamba2Config
-    from transformers.models.mamba2 import modeling_mamba2 as theirs
-
-    config = Mamba2Config(
-        hidden_size=768, num_heads=24, head_dim=64, state_size=128, n_groups=1, chunk_size=256
-    )
-    mixer = theirs.Mamba2Mixer(config, layer_idx=0)
-
-    def scan(t: dict[str, Tensor]) -> Tensor:
-        # The functions that torch_forward calls, in its order.
-        chunk = config.chunk_size
-        batch, seq_len, n_heads, headdim = t["x"].shape
-        dt = torch.nn.functional.softplus(t["dt"])
-        pad = (chunk - seq_len % chunk) % chunk
-        B, C = (t[name].repeat_interleave(n_heads // 1, dim=2) for name in ("B", "C"))
-        residual = t["D"][:, None] * theirs.pad_tensor_by_size(t["x"], pad)
-        x, A = t["x"] * dt[..., None], t["A"] * dt
-        x, A, B, C = (theirs.reshape_into_chunks(v, pad, chunk) for v in (x, A, B, C))
-        A = A.permute(0, 3, 1, 2)
-        cumulative = torch.cumsum(A, dim=-1)
-        decay = torch.exp(theirs.segment_sum(A))
-        scores = (C[:, :, :, None] * B[:, :, None]).sum(dim=-1)
-        weights = scores[..., None] * decay.permute(0, 2, 3, 4, 1)[..., None].squeeze(-1)[..., None]
-        y_inside = (weights * x[:, :, None]).sum(dim=3)
-        to_end = torch.exp(cumulative[:, :, :, -1:] - cumulative)
-        B_decay = B * to_end.permute(0, 2, 3, 1)[..., None]
-        states = (B_decay[..., None, :] * x[..., None]).sum(dim=2)
-        states = torch.cat([torch.zeros_like(states[:, :1]), states], dim=1)
-        ends = torch.nn.functional.pad(cumulative[:, :, :, -1], (1, 0))
-        chunk_decay = torch.exp(theirs.segment_sum(ends)).transpose(1, 3)
-        states = (chunk_decay[..., None, None] * states[:, :, None]).sum(dim=1)[:, :-1]
-        from_start = torch.exp(cumulative).permute(0, 2, 3, 1)
-        y_past = (C[..., None, :] * states[:, :, None]).sum(dim=-1) * from_start[..., None]
-        y = (y_inside + y_past).reshape(batch, -1, n_heads, headdim) + residual
-        return y[:, :seq_len]
-
-    del mixer
-    return scan
-
-
-def _median_seconds(run: Callable[[], object]) -> float:
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
 def _tensor(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     assert isinstance(result, Tensor)
     return result
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--seq-len", type=int)
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark and return the exit status, 1 if a check of ours failed."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m mamba2_kernels.benchmark")
+    parser.add_argument("--seq-len", type=int, default=8192)
     parser.add_argument("--json", help="file to write the results to")
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.count:
-        print(count_here(args.seq_len or 128))
+        print(count_here(args.seq_len))
         return 0
-    report: dict[str, Any] = {"torch": torch.__version__}
-    failed = False
-    if torch.cuda.is_available():
-        results = on_gpu(args.seq_len or 8192)
-        report["device"] = torch.cuda.get_device_name()
-        report["copy_gb_per_s"] = copy_bandwidth()
-        report["results"] = [dataclasses.asdict(result) for result in results]
-        report["speed_ups"] = speed_ups(results)
-        print(f"a copy reaches {report['copy_gb_per_s']:.0f} GB/s on {report['device']}")
-        print("\n".join(report["speed_ups"]))
-        failed = any(r.library == "ours" and not r.is_right for r in results)
-    else:
-        print(counted_table())
-        report["cpu"] = on_cpu(args.seq_len or 1024)
-        for library, times in report["cpu"].items():
-            print(f"{library}: {times}")
+    results = on_gpu(args.seq_len)
+    limit = copy_bandwidth()
+    lines = speed_ups(results)
+    print(f"a copy reaches {limit:.0f} GB/s on {torch.cuda.get_device_name()}")
+    print("\n".join(lines))
     if args.json:
+        report = {
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(),
+            "copy_gb_per_s": limit,
+            "results": [dataclasses.asdict(result) for result in results],
+            "speed_ups": lines,
+        }
         with open(args.json, "w") as file:
             json.dump(report, file, indent=1)
-    return 1 if failed else 0
+    return int(any(r.library == "ours" and not r.is_right for r in results))
 
 
 if __name__ == "__main__":

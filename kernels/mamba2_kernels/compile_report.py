@@ -219,7 +219,7 @@ def _scan_launches(entry: Entry) -> list[dict[str, Any]]:
 
     from mamba2_kernels.interpreter import capture
     from mamba2_kernels.launch import use_architecture
-    from mamba2_kernels.ssd.triton_path import backward, forward
+    from mamba2_kernels.ssd.triton_scan import backward, forward
 
     batch, seq_len, n_heads, n_groups = 2, 1536, 48, 1
     dtype = torch.float32 if entry.bits == 32 else torch.bfloat16

@@ -13,6 +13,7 @@ from torch import Tensor
 from mamba2_kernels import conv1d_torch, reference
 from mamba2_kernels.backend import resolve_backend, triton_path
 from mamba2_kernels.checks import ArgumentCheck, check_activation, check_values
+from mamba2_kernels.launch import no_mixer_kernel
 from mamba2_kernels.precision import compute_dtype, widen
 
 
@@ -66,7 +67,7 @@ def causal_conv1d(
     check.tensor("initial_state", initial_state, "batch, d_conv - 1, channels")
     check_activation(op, activation)
     check_values(op, seq_idx=seq_idx)
-    backend = resolve_backend(op, backend, x.device)
+    backend = resolve_backend(op, backend, x.device, no_mixer_kernel(x, d_conv=weight.shape[1]))
     if backend == "reference":
         wide_x, weight, bias, initial_state = widen(
             compute_dtype(x), x, weight, bias, initial_state

@@ -18,6 +18,7 @@ from torch import Tensor
 from mamba2_kernels import norm_torch, reference
 from mamba2_kernels.backend import resolve_backend, triton_path
 from mamba2_kernels.checks import ArgumentCheck, check_eps
+from mamba2_kernels.launch import no_mixer_kernel
 from mamba2_kernels.precision import compute_dtype, widen
 
 
@@ -52,7 +53,7 @@ def rms_norm(
     check.tensor("residual", residual, "..., channels", dense=True)
     check.same_shape("residual", residual, "x", x)
     check_eps(op, eps)
-    backend = resolve_backend(op, backend, x.device)
+    backend = resolve_backend(op, backend, x.device, no_mixer_kernel(x, group_size=x.shape[-1]))
     if backend == "reference":
         total = x if residual is None else (x + residual).to(residual.dtype)
         wide_total, wide_weight = widen(compute_dtype(x), total, weight)
@@ -90,7 +91,7 @@ def gated_rms_norm(
     op = "gated_rms_norm"
     group_size = _check_gated(op, x, z, weight, group_size)
     check_eps(op, eps)
-    backend = resolve_backend(op, backend, x.device)
+    backend = resolve_backend(op, backend, x.device, no_mixer_kernel(x, group_size=group_size))
     if backend == "reference":
         wide = widen(compute_dtype(x), x, z, weight)
         return reference.gated_rms_norm(*wide, eps=eps, group_size=group_size).to(x.dtype)
@@ -116,7 +117,7 @@ def gated_square_sum(
     """
     op = "gated_square_sum"
     group_size = _check_gated(op, x, z, None, group_size)
-    backend = resolve_backend(op, backend, x.device)
+    backend = resolve_backend(op, backend, x.device, no_mixer_kernel(x, group_size=group_size))
     if backend == "reference":
         return reference.gated_square_sum(*widen(compute_dtype(x), x, z), group_size=group_size)
     return _gated_square_sum(x, z, group_size, backend)
@@ -160,7 +161,7 @@ def gated_scale(
             f"{op}: count is {count}, less than group_size = {group_size}: give the number of "
             "channels that each sum was taken over, on all ranks together"
         )
-    backend = resolve_backend(op, backend, x.device)
+    backend = resolve_backend(op, backend, x.device, no_mixer_kernel(x, group_size=group_size))
     if backend == "reference":
         wide = widen(compute_dtype(x), x, z, square_sum, weight)
         y = reference.gated_scale(*wide, eps=eps, group_size=group_size, count=count)

@@ -88,8 +88,8 @@ def norm_backward_kernel(
     dw = tl.zeros((BLOCK,), tl.float32)
     if SUM != "only":
         w = tl.load(weight + c, mask=m, other=0.0).to(tl.float32)
-    for r in range(first, tl.minimum(first + rows_per_program, n_rows)):
-        row = r.to(tl.int64)
+    for k in range(0, tl.minimum(rows_per_program, n_rows - first)):
+        row = first.to(tl.int64) + k
         o_sum = row * n_groups + g
         v, _, inverse = normalised(
             x, z, residual, square_sum, row * sx + c, row * sz + c, row * sr + c,
@@ -325,4 +325,4 @@ def _stride(t: Tensor | None) -> int:
 
 def _block(group_size: int) -> dict[str, int]:
     block = max(16, triton.next_power_of_2(group_size))
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    return {"BLOCK": block, "num_warps": min(8, max(1, block // 512))}

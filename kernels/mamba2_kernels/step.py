@@ -11,6 +11,7 @@ from torch import Tensor
 from mamba2_kernels import reference
 from mamba2_kernels.backend import resolve_backend, triton_path
 from mamba2_kernels.checks import ArgumentCheck, check_activation, check_dt_limit, check_values
+from mamba2_kernels.launch import no_mixer_kernel
 from mamba2_kernels.precision import compute_dtype, widen
 
 INFINITY = float("inf")
@@ -63,7 +64,7 @@ def ssd_step(
     check.no_gradient("state", state)
     dt_min, dt_max = check_dt_limit(op, dt_limit)
     check_values(op, A=A)
-    backend = resolve_backend(op, backend, x.device)
+    backend = resolve_backend(op, backend, x.device, no_mixer_kernel(x))
     with torch.no_grad():
         if backend != "reference":
             return _ssd_step(
@@ -117,7 +118,7 @@ def causal_conv1d_step(
     check.tensor("bias", bias, "channels")
     check.no_gradient("state", state)
     check_activation(op, activation)
-    backend = resolve_backend(op, backend, x.device)
+    backend = resolve_backend(op, backend, x.device, no_mixer_kernel(x, d_conv=weight.shape[1]))
     with torch.no_grad():
         if backend != "reference":
             return _causal_conv1d_step(x, state, weight, bias, activation or "", backend)

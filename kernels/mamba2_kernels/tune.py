@@ -143,11 +143,11 @@ class Problem:
         self.expected = self.run()
 
     def run(self) -> list[Tensor]:
-        from mamba2_kernels.ssd import triton_path
+        from mamba2_kernels.ssd import triton_scan
 
         rest = (None, None, None, None, True, 0.0, float("inf"), 256)
-        y, _ = triton_path.forward(*self.inputs, *rest, False)
-        return [y, *triton_path.backward(self.dy, None, *self.inputs, *rest)]
+        y, _ = triton_scan.forward(*self.inputs, *rest, False)
+        return [y, *triton_scan.backward(self.dy, None, *self.inputs, *rest)]
 
     def better(self, old: dict[str, Settings], new: dict[str, Settings]) -> dict[str, Settings]:
         return new if self.time(new) < self.time(old) else old

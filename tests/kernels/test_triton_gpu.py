@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor
+
 from mamba2_kernels import causal_conv1d, gated_rms_norm, ssd_scan
 from mamba2_kernels.launch import launches
-from torch import Tensor
 
 pytestmark = [
     pytest.mark.gpu,

@@ -41,6 +41,11 @@ class Case:
     dt_limit: tuple[float, float] = (0.0, INFINITY)
     seed: int = 0
 
+    def __str__(self) -> str:
+        fields = dataclasses.fields(self)
+        given = [f for f in fields if getattr(self, f.name) != f.default]
+        return " ".join(f"{f.name}={getattr(self, f.name)}" for f in given)
+
 
 @pytest.fixture(autouse=True)
 def _on_the_interpreter() -> Iterator[None]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from mamba2_kernels import reference
 from mamba2_kernels.backend import resolve_backend, triton_path
 from mamba2_kernels.checks import ArgumentCheck, check_dt_limit, check_values
+from mamba2_kernels.launch import no_scan_kernel
 from mamba2_kernels.precision import compute_dtype, widen
 from mamba2_kernels.ssd import torch_path
 
@@ -88,7 +89,7 @@ def ssd_scan(
         raise ValueError(f"{op}: chunk_size is {chunk_size}: it must be at least 1")
     dt_min, dt_max = check_dt_limit(op, dt_limit)
     check_values(op, A=A, seq_idx=seq_idx)
-    backend = resolve_backend(op, backend, x.device)
+    backend = resolve_backend(op, backend, x.device, no_scan_kernel(x, B.shape[3]))
     if backend == "reference":
         wide_x, dt, A, B, C, D, dt_bias, initial_state = widen(
             compute_dtype(x), x, dt, A, B, C, D, dt_bias, initial_state
