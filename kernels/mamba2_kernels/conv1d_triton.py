@@ -21,6 +21,7 @@ from mamba2_kernels.sums_triton import sum_rows
 NOWHERE: tl.constexpr = tl.constexpr(-(1 << 30))
 TOKENS = 32  # of one tile
 CHANNELS = 64
+TOKENS_BACKWARD = 16  # holds 2 d_conv - 1 tiles at once
 TOKENS_PER_PROGRAM = 256  # of the backward pass, which sums the weights' gradient over them
 LONGEST_SCAN = 1024
 
@@ -119,6 +120,23 @@ def load_inputs(
 
 
 @triton.jit
+def store_tail(
+    x, previous, ends, past, tail, row, c, m_c, sx_t, sp_t, seq_len, channels,
+    W: tl.constexpr, HAS_PAST: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The last W - 1 inputs of the last document, from the newest to the oldest."""
+    last = seq_len - 1
+    if PACKED:
+        last = tl.load(ends + row * 2 + 1)
+    t = last + tl.zeros((1,), tl.int32)
+    for k in tl.static_range(W - 1):
+        inputs = load_inputs(x, past, t, c, m_c, sx_t, sp_t, seq_len, W, HAS_PAST)
+        p_tail = tail + (row * (W - 1) + (W - 2 - k)) * channels + c[None, :]
+        tl.store(p_tail, inputs.to(tail.dtype.element_ty), mask=m_c[None, :])
+        t = hop_back(t, previous, seq_len, PACKED)
+
+
+@triton.jit
 def conv_kernel(
     x, weight, bias, seq_idx, previous, ends, past, y, tail,
     sx_b, sx_t, ss_b, ss_t, sp_b, sp_t, sw_c, sw_k, seq_len, channels,
@@ -134,15 +152,10 @@ def conv_kernel(
     if PACKED:
         previous += row * seq_len
     if HAS_TAIL and tl.program_id(0) == tl.num_programs(0) - 1:
-        last = seq_len - 1
-        if PACKED:
-            last = tl.load(ends + row * 2 + 1)
-        t = last + tl.zeros((1,), tl.int32)
-        for k in tl.static_range(W - 1):
-            inputs = load_inputs(x, past, t, c, m_c, sx_t, sp_t, seq_len, W, HAS_PAST)
-            p_tail = tail + (row * (W - 1) + (W - 2 - k)) * channels + c[None, :]
-            tl.store(p_tail, inputs.to(tail.dtype.element_ty), mask=m_c[None, :])
-            t = hop_back(t, previous, seq_len, PACKED)
+        store_tail(
+            x, previous, ends, past, tail, row, c, m_c, sx_t, sp_t, seq_len, channels,
+            W, HAS_PAST, PACKED,
+        )  # fmt: skip
     else:
         t = tl.program_id(0) * BT + tl.arange(0, BT)
         m_t = t < seq_len
@@ -374,7 +387,7 @@ def backward(
         channels,
         W=d_conv,
         SPAN=TOKENS_PER_PROGRAM,
-        BT=TOKENS,
+        BT=TOKENS_BACKWARD,
         BC=CHANNELS,
         SILU=activation == "silu",
         HAS_BIAS=bias is not None,

@@ -22,16 +22,16 @@ MOST_PROGRAMS = 512
 
 @triton.jit
 def normalised(
-    x, z, residual, square_sum, o_x, o_z, o_r, o_sum, m, count, eps,
+    x, z, residual, square_sum, row, c, sx, sz, sr, o_sum, m, count, eps,
     GATED: tl.constexpr, RESIDUAL: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """v, the sum of its squares, and 1 / rms."""
-    v = tl.load(x + o_x, mask=m, other=0.0).to(tl.float32)
+    v = tl.load(x + row * sx + c, mask=m, other=0.0).to(tl.float32)
     if RESIDUAL:
-        v += tl.load(residual + o_r, mask=m, other=0.0).to(tl.float32)
+        v += tl.load(residual + row * sr + c, mask=m, other=0.0).to(tl.float32)
         v = v.to(residual.dtype.element_ty).to(tl.float32)
     if GATED:
-        b_z = tl.load(z + o_z, mask=m, other=0.0).to(tl.float32)
+        b_z = tl.load(z + row * sz + c, mask=m, other=0.0).to(tl.float32)
         v = v * (b_z / (1.0 + tl.exp(-b_z)))
     if SUM == "given":
         total = tl.load(square_sum + o_sum).to(tl.float32)
@@ -52,7 +52,7 @@ def norm_kernel(
     m = i < group_size
     c = g * group_size + i
     v, total, inverse = normalised(
-        x, z, residual, square_sum, row * sx + c, row * sz + c, row * sr + c,
+        x, z, residual, square_sum, row, c, sx, sz, sr,
         row * n_groups + g, m, count, eps, GATED, RESIDUAL, SUM,
     )  # fmt: skip
     if SUM == "only":
@@ -86,13 +86,11 @@ def norm_backward_kernel(
     c = g * group_size + i
     first = tl.program_id(0) * rows_per_program
     dw = tl.zeros((BLOCK,), tl.float32)
-    if SUM != "only":
-        w = tl.load(weight + c, mask=m, other=0.0).to(tl.float32)
     for k in range(0, tl.minimum(rows_per_program, n_rows - first)):
         row = first.to(tl.int64) + k
         o_sum = row * n_groups + g
         v, _, inverse = normalised(
-            x, z, residual, square_sum, row * sx + c, row * sz + c, row * sr + c,
+            x, z, residual, square_sum, row, c, sx, sz, sr,
             o_sum, m, count, eps, GATED, RESIDUAL, SUM,
         )  # fmt: skip
         if SUM == "only":
@@ -101,7 +99,8 @@ def norm_backward_kernel(
             b_dy = tl.load(dy + row * sdy + c, mask=m, other=0.0).to(tl.float32)
             normed = v * inverse
             dw += b_dy * normed.to(x.dtype.element_ty).to(tl.float32)
-            dn = b_dy * w
+            # Read again for each row: held for all of them it spills.
+            dn = b_dy * tl.load(weight + c, mask=m, other=0.0).to(tl.float32)
             along = tl.sum(dn * normed, 0)
             if SUM == "given":
                 dv = dn * inverse
@@ -110,17 +109,17 @@ def norm_backward_kernel(
                 dv = (dn - normed * (along / count)) * inverse
         if HAS_DTOTAL:
             dv += tl.load(dtotal + row * sdt + c, mask=m, other=0.0).to(tl.float32)
-        o = row * n_groups * group_size + c
+        o = row * n_groups * group_size
         if GATED:
             b_x = tl.load(x + row * sx + c, mask=m, other=0.0).to(tl.float32)
             b_z = tl.load(z + row * sz + c, mask=m, other=0.0).to(tl.float32)
             gate = 1.0 / (1.0 + tl.exp(-b_z))
             b_dz = dv * b_x * gate * (1.0 + b_z * (1.0 - gate))
-            tl.store(dz + o, b_dz.to(dz.dtype.element_ty), mask=m)
+            tl.store(dz + o + c, b_dz.to(dz.dtype.element_ty), mask=m)
             dv = dv * b_z * gate
-        tl.store(dx + o, dv.to(dx.dtype.element_ty), mask=m)
+        tl.store(dx + o + c, dv.to(dx.dtype.element_ty), mask=m)
         if RESIDUAL:
-            tl.store(dresidual + o, dv.to(dresidual.dtype.element_ty), mask=m)
+            tl.store(dresidual + o + c, dv.to(dresidual.dtype.element_ty), mask=m)
     if SUM != "only":
         p_dw = dweight + tl.program_id(0).to(tl.int64) * n_groups * group_size + c
         tl.store(p_dw, dw, mask=m)
@@ -325,4 +324,4 @@ def _stride(t: Tensor | None) -> int:
 
 def _block(group_size: int) -> dict[str, int]:
     block = max(16, triton.next_power_of_2(group_size))
-    return {"BLOCK": block, "num_warps": min(8, max(1, block // 512))}
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512)), "num_stages": 1}

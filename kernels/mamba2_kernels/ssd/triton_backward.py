@@ -597,12 +597,10 @@ def _finish(
         num_warps=4,
     )
     # Each gradient a tensor of its own: outputs of an op must not share memory.
-    empty = dt.new_empty(0)
-    dA = torch.empty(A.shape, dtype=A.dtype, device=device)
-    dD = empty if D is None else torch.empty(D.shape, dtype=D.dtype, device=device)
-    ddt_bias = empty
-    if dt_bias is not None:
-        ddt_bias = torch.empty(dt_bias.shape, dtype=dt_bias.dtype, device=device)
+    dA, dD, ddt_bias = (
+        dt.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=device)
+        for t in (A, D, dt_bias)
+    )
     launch(
         finish_heads_kernel,
         (triton.cdiv(s.n_heads, columns),),
