@@ -155,6 +155,28 @@ def test_ctrl_c_keeps_what_was_learned(tmp_path):
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def test_torchrun_on_two_ranks(tmp_path):
+    """One folder, one voice, every held-out token counted once."""
+    launch = [BIN / "torchrun", "--standalone", "--nproc-per-node=2", "-m", "mamba2_train"]
+    done = subprocess.run(
+        [*launch, *SHORT, "strategy=ddp", "logger=csv"],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs" / "quotes").iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    alone = run("mamba2-train", *SHORT, "logger=csv", "run_dir=alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    expected = json.loads((tmp_path / "alone" / "result.json").read_text())
+    assert result["base"] == pytest.approx(expected["base"], rel=1e-6)
+    assert result["final"]["val/loss"] < result["base"]["val/loss"]
+    assert done.stdout.count("held-out perplexity") == 1
+
+
 def _broken(folder: Path) -> None:
     """Inputs with a fault each."""
     (folder / "empty.jsonl").write_text("")

@@ -71,6 +71,10 @@ def main(config: TrainConfig) -> None:
     run.evaluate_base()
     run.fit()
     run.conclude()
+    if torch.distributed.is_initialized():
+        # a rank that leaves while another still talks to it aborts the job at its very end
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def model_shape(config: TrainConfig) -> Mamba2Config:
