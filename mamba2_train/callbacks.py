@@ -55,13 +55,13 @@ class ProgressBar(RichProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
         shown = {
-            "train/loss": "loss {:.2f}",
+            "train/loss": "{:.2f}",
             "val/perplexity": "ppl {:.1f}",
             "perf/tokens_per_sec": "{:,.0f} tok/s",
         }
         metrics = super().get_metrics(trainer, module)
-        texts = (text.format(metrics[key]) for key, text in shown.items() if key in metrics)
-        return {"": ", ".join(texts)}
+        texts = [text.format(metrics[key]) for key, text in shown.items() if key in metrics]
+        return {"loss": ", ".join(texts)} if "train/loss" in metrics else {}
 
 
 class Throughput(Callback):
