@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
     RichProgressBar,
 )
-from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from torch import Tensor
 
 from mamba2_train.model import Mamba2LM, flops_per_token
@@ -52,12 +51,17 @@ class ProgressBar(RichProgressBar):
     """Lightning's bar, without the run's version and with short numbers."""
 
     def __init__(self) -> None:
-        super().__init__(theme=RichProgressBarTheme(metrics_format=".3g"), leave=False)
+        super().__init__(leave=False)
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-        shown = {"train/loss": "loss", "val/perplexity": "val ppl", "perf/tokens_per_sec": "tok/s"}
+        shown = {
+            "train/loss": "{:.2f}",
+            "val/perplexity": "ppl {:.1f}",
+            "perf/tokens_per_sec": "{:,.0f} tok/s",
+        }
         metrics = super().get_metrics(trainer, module)
-        return {label: metrics[key] for key, label in shown.items() if key in metrics}
+        texts = [text.format(metrics[key]) for key, text in shown.items() if key in metrics]
+        return {"loss": ", ".join(texts)} if "train/loss" in metrics else {}
 
 
 class Throughput(Callback):

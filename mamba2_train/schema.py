@@ -138,8 +138,8 @@ class StrategyConfig(Group):
 
 
 class PrecisionConfig(Group):
-    """dtype of the frozen weights, and of the products. A_log, D, dt_bias, norms, the scan's
-    state and LoRA's weights are always float32."""
+    """dtype of the weights as loaded, and of the products. A_log, D, dt_bias, the scan's state, the
+    statistics of norms and LoRA's weights are always float32."""
 
     weights: Literal["float32", "bfloat16"]
     autocast: Literal["bfloat16"] | None
@@ -229,7 +229,7 @@ class TrainConfig(Group):
 class GenerateConfig(Group):
     """A run of `mamba2-generate`."""
 
-    model: str = Field(description="'embedded', a folder, a hub id, an adapter or a run folder")
+    checkpoint: str = Field(description="'embedded', a folder, a hub id, an adapter or a run")
     prompt: str
     max_new_tokens: PositiveInt
     temperature: NonNegativeFloat

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -87,7 +88,7 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(finished):
 def test_the_next_command_it_names_works(finished):
     folder, done = finished
     command = re.search(r"next +(mamba2-generate .*)", done.stdout).group(1)
-    arguments = [a.replace("'", "") for a in re.findall(r"(?:[^\s']|'[^']*')+", command)][1:]
+    arguments = shlex.split(command)[1:]
     text = run("mamba2-generate", *arguments, "max_new_tokens=8", cwd=folder)
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith("Love is")
@@ -125,7 +126,7 @@ def test_full_fine_tuning_from_the_users_own_file(tmp_path):
     assert done.returncode == 0, done.stderr
     shutil.move(tmp_path / "out" / "model", tmp_path / "elsewhere")
     text = run(
-        "mamba2-generate", "model=elsewhere", "prompt=Line", "max_new_tokens=3", cwd=tmp_path
+        "mamba2-generate", "checkpoint=elsewhere", "prompt=Line", "max_new_tokens=3", cwd=tmp_path
     )
     assert text.returncode == 0, text.stderr
 
@@ -155,12 +156,35 @@ def test_ctrl_c_keeps_what_was_learned(tmp_path):
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def test_torchrun_on_two_ranks(tmp_path):
+    """One folder, one voice, every held-out token counted once."""
+    launch = [BIN / "torchrun", "--standalone", "--nproc-per-node=2", "-m", "mamba2_train"]
+    done = subprocess.run(
+        [*launch, *SHORT, "strategy=ddp", "logger=csv"],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs" / "quotes").iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    alone = run("mamba2-train", *SHORT, "logger=csv", "run_dir=alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    expected = json.loads((tmp_path / "alone" / "result.json").read_text())
+    assert result["base"] == pytest.approx(expected["base"], rel=1e-6)
+    assert result["final"]["val/loss"] < result["base"]["val/loss"]
+    assert done.stdout.count("held-out perplexity") == 1
+
+
 def _broken(folder: Path) -> None:
     """Inputs with a fault each."""
     (folder / "empty.jsonl").write_text("")
     (folder / "typed.jsonl").write_text('{"text": "fine"}\n{"text": 7}\n' * 5)
     (folder / "malformed.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    (folder / "long.jsonl").write_text(json.dumps({"text": "word " * 500}) + "\n")
+    long = [{"text": f"{i} words " * 500} for i in range(3)]
+    (folder / "long.jsonl").write_text("\n".join(map(json.dumps, long)))
     (folder / "quotes.jsonl").write_text('{"text": "a"}\n' * 20)
     shutil.copytree(TINY_BASE, folder / "truncated")
     weights = (folder / "truncated" / "model.safetensors").read_bytes()
@@ -182,7 +206,7 @@ FAULTS = {
         r"long\.jsonl.*64.*long_documents",
     ),
     "truncated checkpoint": (["model.source=truncated"], r"model\.safetensors"),
-    "another architecture": (["model.source=llama"], r"llama.*mamba2"),
+    "another architecture": (["model.source=llama"], r"llama.*only Mamba2 is built"),
     "no such checkpoint": (["model.source=./nowhere"], r"nowhere"),
     "misspelt key": (["data.sorce=x"], r"data\.sorce: unknown key\. Did you mean 'source'"),
     "misspelt key in a recipe": (
@@ -190,7 +214,10 @@ FAULTS = {
         r"data\.sorce: unknown key\. Did you mean 'source'",
     ),
     "wrong type of a setting": (["trainer.max_steps=abc"], r"trainer\.max_steps.*'abc'"),
-    "unknown LoRA target": (["adapter.targets=[x_proj]"], r"adapter\.targets.*in_proj.*x_proj"),
+    "unknown LoRA target": (
+        ["adapter.targets=[x_proj]"],
+        r"adapter\.targets: 'x_proj'.*Known: in_proj, out_proj",
+    ),
     "unknown choice": (["strategy=fspd"], r"strategy/fspd.*auto"),
     "full disk": (["run_dir=full/run"], r"MB free"),
 }

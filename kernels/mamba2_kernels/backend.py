@@ -17,8 +17,10 @@ logger = logging.getLogger("mamba2_kernels")
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
-# op -> the module that holds its Triton path, imported at the op's first call on that path, because
-# Triton exists only on Linux. Such a module has the same functions as the op's PyTorch path.
+# Public op -> the module that holds its Triton path. It is imported at the op's first call on that
+# path, because Triton exists only on Linux, and has the functions of the op's PyTorch path with the
+# same parameters; for the steps, one function named like the op, with the dispatcher op's
+# parameters up to `backend`.
 TRITON_MODULES: dict[str, str] = {
     "ssd_scan": "mamba2_kernels.ssd.triton_scan",
     "ssd_step": "mamba2_kernels.step_triton",

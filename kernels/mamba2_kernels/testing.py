@@ -1,5 +1,6 @@
 """Helpers for tests and benchmarks: random inputs, ragged packings, errors and gradients."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,12 +71,16 @@ def random_seq_idx(
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return |actual - expected| / |expected| in the 2-norm; the plain norm where expected is 0."""
+    """Return |actual - expected| / |expected| in the 2-norm, infinity for NaN.
+
+    Where `expected` is 0, the plain norm of the difference.
+    """
     actual, expected = actual.detach().double(), expected.detach().double()
     if actual.shape != expected.shape:
         raise ValueError(f"shapes {tuple(actual.shape)} and {tuple(expected.shape)} differ")
     scale = float(expected.norm())
-    return float((actual - expected).norm()) / (scale if scale > 0 else 1.0)
+    error = float((actual - expected).norm()) / (scale if scale > 0 else 1.0)
+    return math.inf if math.isnan(error) else error
 
 
 def run_with_gradients(
@@ -85,21 +90,30 @@ def run_with_gradients(
 
     Outputs are named "output 0", "output 1", ...; gradients "d x" and so on. They are those of a
     random linear function of all outputs, whose weights are numbers that every dtype holds.
+
+    Raises:
+        AssertionError: the op wrote to an input or to the gradient of an output.
     """
-    inputs = {
+    leaves = {
         name: tensor.detach().clone().requires_grad_()
-        if tensor is not None and tensor.is_floating_point()
-        else tensor
         for name, tensor in inputs.items()
+        if tensor is not None and tensor.is_floating_point()
     }
-    returned = op(**inputs, **options)
+    returned = op(**(inputs | leaves), **options)
     outputs = returned if isinstance(returned, tuple) else (returned,)
     draw = _drawer(seed)
     weights = [draw(*output.shape).bfloat16().to(output.device, output.dtype) for output in outputs]
-    leaves = {name: t for name, t in inputs.items() if t is not None and t.requires_grad}
+    originals = [weight.clone() for weight in weights]
     gradients = torch.autograd.grad(
         outputs, list(leaves.values()), weights, allow_unused=True, materialize_grads=True
     )
+    for name, leaf in leaves.items():
+        original = inputs[name]
+        assert original is not None
+        unchanged = torch.equal(leaf.nan_to_num(), original.nan_to_num())
+        assert unchanged, f"the op wrote to {name}"
+    for weight, original in zip(weights, originals, strict=True):
+        assert torch.equal(weight, original), "the op wrote to the gradient of an output"
     result = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     return result | {f"d {name}": g for name, g in zip(leaves, gradients, strict=True)}
 

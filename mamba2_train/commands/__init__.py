@@ -87,9 +87,10 @@ def _quoted(argument: str, free_text: tuple[str, ...]) -> str:
 
 
 def _quiet() -> None:
-    """Our own log lines are shown from INFO on, those of the libraries from WARNING on."""
+    """Show our own log lines from INFO on, on rank 0, and those of the libraries from WARNING."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("mamba2_train").setLevel(logging.INFO)
+    first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("mamba2_train").setLevel(logging.INFO if first else logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")

@@ -1,7 +1,7 @@
 """mamba2-generate: continue a prompt.
 
 mamba2-generate prompt="Love is"
-mamba2-generate model=runs/quotes/2026-01-01_12-00-00 prompt="Love is" temperature=0.9
+mamba2-generate checkpoint=runs/quotes/2026-01-01_12-00-00 prompt="Love is" temperature=0.9
 """
 
 import json
@@ -25,7 +25,7 @@ from mamba2_train.schema import GenerateConfig
 
 @command(GenerateConfig, "generate", free_text=("prompt",))
 def main(config: GenerateConfig) -> None:
-    model, tokenizer = load_for_generation(config.model)
+    model, tokenizer = load_for_generation(config.checkpoint)
     ids = tokenizer.encode(config.prompt) or [tokenizer.bos_token_id or tokenizer.eos_token_id]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()

@@ -7,6 +7,7 @@ torchrun --nproc-per-node 8 -m mamba2_train ...    the same on eight GPUs
 
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -29,11 +30,12 @@ from mamba2_train.checkpoint import load_config, load_pretrained, save_pretraine
 from mamba2_train.commands import command, console
 from mamba2_train.data.datamodule import TextDataModule
 from mamba2_train.data.tokenizer import load_tokenizer, save_tokenizer
+from mamba2_train.errors import UserError
 from mamba2_train.generation import generate
 from mamba2_train.model import PRESETS, Mamba2Config, Mamba2LM, initialize
 from mamba2_train.module import Mamba2Module
 from mamba2_train.report import write_report
-from mamba2_train.schema import SamplesConfig, TrainConfig
+from mamba2_train.schema import SamplesConfig, StrategyConfig, TrainConfig
 from mamba2_train.tracking import (
     CSV_FOLDER,
     build_loggers,
@@ -71,6 +73,10 @@ def main(config: TrainConfig) -> None:
     run.evaluate_base()
     run.fit()
     run.conclude()
+    if torch.distributed.is_initialized():
+        # a rank that leaves while another still talks to it aborts the job at its very end
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def model_shape(config: TrainConfig) -> Mamba2Config:
@@ -115,10 +121,11 @@ def adapt(model: Mamba2LM, config: TrainConfig) -> PeftModel | None:
 def build_trainer(config: TrainConfig) -> L.Trainer:
     t, s = config.trainer, config.strategy
     steps = isinstance(t.validate_every, int)
+    devices, num_nodes = _processes(s)
     return L.Trainer(
         accelerator=s.accelerator,
-        devices=s.devices,
-        num_nodes=s.num_nodes,
+        devices=devices,
+        num_nodes=num_nodes,
         strategy={"auto": "auto", "single": "auto", "ddp": "ddp"}[s.kind],
         precision="bf16-mixed" if config.precision.autocast else "32-true",
         max_epochs=t.max_epochs if t.max_epochs is not None else -1,
@@ -136,6 +143,20 @@ def build_trainer(config: TrainConfig) -> L.Trainer:
         logger=build_loggers(config.logger, config.name, config.run_dir),
         callbacks=build_callbacks(config),
     )
+
+
+def _processes(strategy: StrategyConfig) -> tuple[int | str, int]:
+    """Devices per node, and nodes; torchrun has counted both when it is the launcher."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" not in env:
+        return strategy.devices, strategy.num_nodes
+    local, world = int(env["LOCAL_WORLD_SIZE"]), int(env["WORLD_SIZE"])
+    if strategy.devices not in ("auto", local) or (strategy.kind == "single" and world > 1):
+        raise UserError(
+            f"torchrun started {local} processes on this node, but strategy={strategy.kind} has "
+            f"devices={strategy.devices}: leave strategy.devices at auto and use strategy=ddp"
+        )
+    return local, world // local
 
 
 class Run:
@@ -180,7 +201,8 @@ class Run:
         how = "in full" if adapter.kind == "full" else "LoRA on " + ", ".join(adapter.target_names)
         console.print(
             f"[bold]{model['source']}[/]  {model['parameters']:,} parameters, "
-            f"{model['trainable']:,} trained ({how})"
+            f"{model['trainable']:,} trained ({how})",
+            soft_wrap=True,
         )
         console.print(
             f"[bold]{self.config.data.source}[/]  {data['train_documents']:,} documents, "
@@ -233,7 +255,7 @@ class Run:
                 "checkpoint": f"{CHECKPOINTS}/last.ckpt",
                 "metrics": f"{CSV_FOLDER}/metrics.csv",
             },
-            "next": shlex.join(["mamba2-generate", f"model={target}", f"prompt={prompt}"]),
+            "next": shlex.join(["mamba2-generate", f"checkpoint={target}", f"prompt={prompt}"]),
         }
         write_json(self.folder / "result.json", self.result)
         lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)

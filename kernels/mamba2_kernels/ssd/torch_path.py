@@ -141,7 +141,7 @@ def _steps(
     if dt_softplus:
         slope = torch.where(dt > SOFTPLUS_THRESHOLD, 1.0, dt.sigmoid())
         dt = F.softplus(dt, threshold=SOFTPLUS_THRESHOLD)
-    slope = slope
+    slope = slope * ((dt >= dt_min) & (dt <= dt_max))
     dt = dt.clamp(dt_min, dt_max)
     if seq_idx is not None:
         padding = (seq_idx < 0)[..., None]
