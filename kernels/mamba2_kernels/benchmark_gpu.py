@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,16 +109,16 @@ def norm_inputs(shape: Shape, seq_len: int, device: str, dtype: torch.dtype) -> 
 
 
 def our_scan(shape: Shape) -> Op:
-    return lambda t, backend: _tensor(ssd_scan(**t, dt_softplus=True, backend=backend))
+    return lambda t, backend: _call(ssd_scan, t, dt_softplus=True, backend=backend)
 
 
 def our_conv(shape: Shape) -> Op:
-    return lambda t, backend: _tensor(causal_conv1d(**t, backend=backend))
+    return lambda t, backend: _call(causal_conv1d, t, backend=backend)
 
 
 def our_norm(shape: Shape) -> Op:
     group_size = shape.n_heads * shape.headdim // shape.n_groups
-    return lambda t, backend: gated_rms_norm(**t, group_size=group_size, backend=backend)
+    return lambda t, backend: _call(gated_rms_norm, t, group_size=group_size, backend=backend)
 
 
 def peers(op: str, shape: Shape) -> Iterator[tuple[str, Op]]:
@@ -297,8 +298,8 @@ def count_here(seq_len: int) -> str:
     )
 
 
-def _tensor(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    assert isinstance(result, Tensor)
+def _call(op: Callable[..., Any], tensors: dict[str, Tensor], **options: Any) -> Tensor:
+    result: Tensor = op(**tensors, **options)
     return result
 
 

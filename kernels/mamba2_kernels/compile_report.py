@@ -191,12 +191,12 @@ def _other_launches(entry: Entry) -> list[dict[str, Any]]:
     square_sum = torch.empty(batch, seq_len, 1)
     heads, state = torch.empty(80), torch.empty(batch, 80, 64, 128)
     step = (torch.empty(batch, 80, 64, dtype=dtype), torch.empty(batch, 80, dtype=dtype))
-    b_and_c = torch.empty(2, batch, 1, 128, dtype=dtype)
+    B, C = torch.empty(2, batch, 1, 128, dtype=dtype)
     with capture() as captures:
         for documents, carried in ((None, None), (seq_idx, past)):
-            inputs = (x, weight, norm_weight, documents, carried)
-            conv1d_triton.forward(*inputs, "silu", carried is not None)
-            conv1d_triton.backward(x, carried, *inputs, "silu")
+            conv = (x, weight, norm_weight, documents, carried)
+            conv1d_triton.forward(*conv, "silu", carried is not None)
+            conv1d_triton.backward(x, carried, *conv, "silu")
         for residual in (None, x.float()):
             norm_triton.rms_norm(x, norm_weight, residual, 1e-5)
             norm_triton.rms_norm_backward(x, residual, x, norm_weight, residual, 1e-5)
@@ -207,8 +207,8 @@ def _other_launches(entry: Entry) -> list[dict[str, Any]]:
         scale = (square_sum, norm_weight, 1e-5, channels, 2 * channels)
         norm_triton.gated_scale(x, z, *scale)
         norm_triton.gated_scale_backward(x, x, z, *scale)
-        limits = (True, 0.0, float("inf"))
-        step_triton.ssd_step(*step, heads, *b_and_c, state, heads, heads, *limits)
+        inputs = (*step, heads, B, C, state, heads, heads)
+        step_triton.ssd_step(*inputs, True, 0.0, float("inf"))
         step_triton.causal_conv1d_step(x[:, 0], past, weight, norm_weight, "silu")
     return captures
 

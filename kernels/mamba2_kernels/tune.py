@@ -145,9 +145,10 @@ class Problem:
     def run(self) -> list[Tensor]:
         from mamba2_kernels.ssd import triton_scan
 
-        rest = (None, None, None, None, True, 0.0, float("inf"), 256)
-        y, _ = triton_scan.forward(*self.inputs, *rest, False)
-        return [y, *triton_scan.backward(self.dy, None, *self.inputs, *rest)]
+        inputs = (*self.inputs, None, None, None, None)
+        y, _ = triton_scan.forward(*inputs, True, 0.0, float("inf"), 256, False)
+        gradients = triton_scan.backward(self.dy, None, *inputs, True, 0.0, float("inf"), 256)
+        return [y, *gradients]
 
     def better(self, old: dict[str, Settings], new: dict[str, Settings]) -> dict[str, Settings]:
         return new if self.time(new) < self.time(old) else old
