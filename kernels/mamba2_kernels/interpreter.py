@@ -366,15 +366,17 @@ class _Counter:
                  "create_atomic_cas", "create_dot")  # fmt: skip
         before = {name: getattr(Builder, name) for name in names}
 
-        def create_masked_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        def create_masked_load(
+            builder: Any, pointers: Any, mask: Any, *rest: Any, **more: Any
+        ) -> Any:
             self.touch(pointers, mask.data, "loaded")
-            return before["create_masked_load"](builder, pointers, mask, *rest)
+            return before["create_masked_load"](builder, pointers, mask, *rest, **more)
 
         def create_masked_store(
-            builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any
+            builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **more: Any
         ) -> Any:
             self.touch(pointers, mask.data, "stored")
-            return before["create_masked_store"](builder, pointers, value, mask, *rest)
+            return before["create_masked_store"](builder, pointers, value, mask, *rest, **more)
 
         def create_atomic_rmw(
             builder: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any
