@@ -87,6 +87,8 @@ def packed(seq_len: int) -> Tensor:
 def test_kernels_match_the_torch_path(
     seq_len: int, headdim: int, d_state: int, n_groups: int, dtype: torch.dtype
 ) -> None:
+    if dtype == torch.float32 and headdim == 128:
+        pytest.skip("no float32 kernel of this shape on a GPU")
     tensors = inputs(dtype, seq_len, headdim, d_state, n_groups)
     seq_idx = packed(seq_len)
     wide = {name: tensor.double() for name, tensor in tensors.items()}
