@@ -4,10 +4,15 @@
 is one line and exit code 1.
 """
 
+import os
+
+# Before torch loads OpenMP: its threads spin for milliseconds when they wait, which makes a run on
+# a CPU several times slower as soon as anything else wants a core. This is some microseconds.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import errno
 import functools
 import logging
-import os
 import re
 import sys
 import warnings

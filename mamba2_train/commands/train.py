@@ -311,7 +311,7 @@ class Run:
 def continuations(model: Mamba2LM, tokenizer: Any, settings: SamplesConfig, seed: int) -> list[str]:
     texts = []
     model.eval()
-    for prompt in settings.prompts:
+    for i, prompt in enumerate(settings.prompts):
         ids = torch.tensor([tokenizer.encode(prompt)], device=model.lm_head.weight.device)
         out = generate(
             model,
@@ -320,7 +320,7 @@ def continuations(model: Mamba2LM, tokenizer: Any, settings: SamplesConfig, seed
             temperature=settings.temperature,
             top_p=settings.top_p,
             eos_token_id=tokenizer.eos_token_id,
-            seed=seed,
+            seed=seed + i,
         )
         texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
     model.train()
