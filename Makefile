@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test soak lint bench gpu clean
 
 demo: $(VENV)/.installed  ## fine-tune the embedded model on the embedded quotes
 	$(BIN)/mamba2-train
 
 test: $(VENV)/.dev lint  ## what CI runs
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+soak: $(VENV)/.dev  ## full counts: every shipped kernel compiled for every part
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow --timeout 3600
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -19,6 +22,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev  ## our ops beside transformers', checked first
 	$(BIN)/python -m mamba2_kernels.benchmark
+
+gpu: $(VENV)/.dev  ## what only a GPU can tell, in at most 8 minutes: gpu.json
+	$(BIN)/python .ci/gpu gpu.json
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

@@ -2,6 +2,7 @@
 
 `auto` is Triton for tensors on a GPU and PyTorch everywhere else. A GPU without Triton falls back
 to PyTorch and says so once in the log; asking for `triton` where it cannot run is an error.
+`MAMBA2_BACKEND` in the environment decides for every call that leaves it at `auto`.
 """
 
 import functools
@@ -44,6 +45,8 @@ def resolve_backend(
     Raises:
         ValueError: the name is unknown, or it is "triton" and Triton cannot run this op here.
     """
+    if backend == "auto":
+        backend = os.environ.get("MAMBA2_BACKEND", "auto")
     if backend not in BACKENDS:
         raise ValueError(f"{op}: unknown backend {backend!r}: use one of {', '.join(BACKENDS)}")
     if backend == "auto":

@@ -178,3 +178,13 @@ def test_dtensors_are_refused():
     x = torch.ones(1, 4).as_subclass(DTensor)
     with pytest.raises(ValueError, match=r"x is a DTensor.*to_local"):
         rms_norm(x, torch.ones(4))
+
+
+def test_the_environment_decides_where_a_call_does_not(monkeypatch):
+    monkeypatch.setenv("MAMBA2_BACKEND", "reference")
+    cpu = torch.device("cpu")
+    assert backends.resolve_backend("ssd_scan", "auto", cpu) == "reference"
+    assert backends.resolve_backend("ssd_scan", "torch", cpu) == "torch"
+    monkeypatch.setenv("MAMBA2_BACKEND", "tritn")
+    with pytest.raises(ValueError, match="unknown backend 'tritn'"):
+        backends.resolve_backend("ssd_scan", "auto", cpu)
