@@ -132,7 +132,7 @@ class StrategyConfig(Group):
     """Where the run computes, through Lightning."""
 
     kind: Literal["auto", "single", "ddp"]
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: PositiveInt | Literal["auto"] = "auto"
     num_nodes: PositiveInt = 1
 

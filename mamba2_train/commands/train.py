@@ -122,8 +122,11 @@ def build_trainer(config: TrainConfig) -> L.Trainer:
     t, s = config.trainer, config.strategy
     steps = isinstance(t.validate_every, int)
     devices, num_nodes = _processes(s)
+    accelerator = s.accelerator
+    if accelerator == "auto":  # Lightning's would take a Mac's GPU, which lacks the scan's float64
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     return L.Trainer(
-        accelerator=s.accelerator,
+        accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
         strategy={"auto": "auto", "single": "auto", "ddp": "ddp"}[s.kind],
