@@ -98,6 +98,8 @@ def _quiet() -> None:
     logging.getLogger("mamba2_train").setLevel(logging.INFO if first else logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # its retries are of no use to anybody once the error says what could not be reached
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 
 
