@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from mamba2_train.commands import extend_hydra
+from mamba2_train.commands import _quoted, extend_hydra
 from mamba2_train.errors import UserError
 from mamba2_train.schema import GenerateConfig, TrainConfig, validated
 
@@ -98,6 +98,27 @@ def test_every_field_of_ours_can_be_overridden():
 def test_faults_carry_path_value_and_cure(overrides, message):
     with pytest.raises(UserError, match=message):
         config(*overrides)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Love is",
+        "It's (a, test): [x], {y}=1",
+        '"Quoted," he said, "twice."',
+        "'single'",
+        "ends with a backslash \\",
+        "\\' in the middle",
+        "a price of ${price} and $5",
+        "two\nlines\tand a tab",
+        "",
+        "null",
+        "1e5",
+    ],
+)
+def test_free_text_arrives_as_it_was_typed(prompt):
+    quoted = _quoted(f"prompt={prompt}", ("prompt",))
+    assert composed(quoted, name="generate")["prompt"] == prompt
 
 
 def test_unknown_group_choice_is_refused():

@@ -85,9 +85,12 @@ def extend_hydra() -> None:
 
 def _quoted(argument: str, free_text: tuple[str, ...]) -> str:
     key, equals, value = argument.partition("=")
-    if not equals or key not in free_text or value[:1] in ("'", '"'):
+    if not equals or key not in free_text:
         return argument
-    value = re.sub(r"(\\*)'", r"\1\1\'", value)  # Hydra's own escapes, inside single quotes
+    # Hydra's escapes inside single quotes, where backslashes count only before a quote; and
+    # OmegaConf's for what looks like an interpolation
+    value = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value, flags=re.S)
+    value = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", value)
     return f"{key}='{value}'"
 
 
