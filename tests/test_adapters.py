@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from mamba2_train.adapters import add_lora, load_adapter, save_adapter
+from mamba2_train.checkpoint import save_pretrained
 from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2Config, Mamba2LM, initialize
 
@@ -105,9 +107,6 @@ def test_saved_and_loaded(ids, tmp_path):
 
 def test_stock_peft_reads_it_on_transformers(ids, tmp_path):
     """Without out_proj, which peft refuses there: the same logits in the stock stack."""
-    transformers = pytest.importorskip("transformers")
-    from mamba2_train.checkpoint import save_pretrained
-
     model = base(tie_embeddings=False)
     save_pretrained(model, tmp_path / "base")
     peft_model = add_lora(model, ["in_proj", "embeddings", "lm_head"], r=4, alpha=8)

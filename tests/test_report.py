@@ -295,7 +295,7 @@ def test_any_key_may_hold_another_kind(run: Path, value: object) -> None:
     nested = {k: dict.fromkeys(v, value) if type(v) is dict else v for k, v in result().items()}
     for facts in (dict.fromkeys(result(), value), nested, value):
         (run / "result.json").write_text(json.dumps(facts))
-        Page(write_report(run))
+        assert Page(write_report(run)).text().strip()
 
 
 def test_without_a_result_the_metrics_speak(run: Path) -> None:

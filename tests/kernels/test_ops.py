@@ -188,3 +188,8 @@ def test_the_environment_decides_where_a_call_does_not(monkeypatch):
     monkeypatch.setenv("MAMBA2_BACKEND", "tritn")
     with pytest.raises(ValueError, match="unknown backend 'tritn'"):
         backends.resolve_backend("ssd_scan", "auto", cpu)
+
+
+def test_triton_is_there_on_linux():
+    """Elsewhere its tests are skipped; here that would hide that the kernels went untested."""
+    assert sys.platform != "linux" or backends._triton_installed()

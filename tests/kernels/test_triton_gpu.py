@@ -88,7 +88,7 @@ def test_kernels_match_the_torch_path(
     seq_len: int, headdim: int, d_state: int, n_groups: int, dtype: torch.dtype
 ) -> None:
     if dtype == torch.float32 and headdim == 128:
-        pytest.skip("no float32 kernel of this shape on a GPU")
+        pytest.skip("refused by no_scan_kernel until its float32 settings are compiled")
     tensors = inputs(dtype, seq_len, headdim, d_state, n_groups)
     seq_idx = packed(seq_len)
     wide = {name: tensor.double() for name, tensor in tensors.items()}
@@ -107,7 +107,7 @@ def test_a_step_does_not_wait_for_the_gpu() -> None:
     tensors = inputs(torch.bfloat16, 512, 64, 128, 1)
     seq_idx = packed(512)
     mixer(tensors, seq_idx, 64, 128, "triton")
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # a wait raises
     try:
         mixer(tensors, seq_idx, 64, 128, "triton")
     finally:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 from mamba2_kernels import (  # noqa: E402
     causal_conv1d,
@@ -27,9 +27,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 
 
 @pytest.fixture(autouse=True)
-def _on_the_interpreter() -> Iterator[None]:
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("Triton was imported without TRITON_INTERPRET=1")
+def _on_the_interpreter(interpreter: None) -> Iterator[None]:
     torch.manual_seed(0)
     with repaired():
         yield
@@ -39,7 +37,7 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def compare(
+def assert_equals_truth(
     op: Callable[..., Any],
     truth: Callable[..., Any],
     tensors: dict[str, Tensor],
@@ -94,7 +92,7 @@ def test_packed_convolution_with_carried_state(seq_len: int, dtype: torch.dtype)
         "bias": normal(channels).to(dtype),
         "initial_state": normal(4, d_conv - 1, channels).to(dtype),
     }
-    compare(
+    assert_equals_truth(
         lambda **t: causal_conv1d(**t, seq_idx=seq_idx, return_final_state=True, backend="triton"),
         lambda **t: reference.causal_conv1d(**t, seq_idx=seq_idx),
         tensors,
@@ -106,7 +104,7 @@ def test_packed_convolution_with_carried_state(seq_len: int, dtype: torch.dtype)
 @pytest.mark.parametrize("d_conv", [1, 2, 3, 4])
 def test_plain_convolution(d_conv: int) -> None:
     tensors = {"x": normal(2, 37, 70).float(), "weight": normal(70, d_conv).float()}
-    compare(
+    assert_equals_truth(
         lambda **t: causal_conv1d(**t, activation=None, backend="triton"),
         lambda **t: reference.causal_conv1d(**t, activation=None)[0],
         tensors,
@@ -117,7 +115,7 @@ def test_plain_convolution(d_conv: int) -> None:
 
 def test_convolution_of_a_row_longer_than_one_program() -> None:
     tensors = {"x": normal(1, 290, 16).float(), "weight": normal(16, 4).float()}
-    compare(
+    assert_equals_truth(
         lambda **t: causal_conv1d(**t, backend="triton"),
         lambda **t: reference.causal_conv1d(**t)[0],
         tensors,
@@ -140,7 +138,7 @@ def test_rms_norm(channels: int, with_residual: bool, dtype: torch.dtype) -> Non
         total = x + residual
         return reference.rms_norm(total, weight), total
 
-    compare(
+    assert_equals_truth(
         lambda **t: rms_norm(**t, backend="triton"),
         truth,
         tensors,
@@ -164,7 +162,7 @@ NORM = {"norm_kernel", "norm_backward_kernel"}
 @DTYPES
 @pytest.mark.parametrize("group_size", [96, 24])
 def test_gated_rms_norm(group_size: int, dtype: torch.dtype) -> None:
-    compare(
+    assert_equals_truth(
         lambda **t: gated_rms_norm(**t, group_size=group_size, backend="triton"),
         lambda **t: reference.gated_rms_norm(**t, group_size=group_size),
         gated(dtype),
@@ -178,7 +176,7 @@ def test_gated_rms_norm(group_size: int, dtype: torch.dtype) -> None:
 def test_square_sum_then_scale(group_size: int, dtype: torch.dtype) -> None:
     tensors = gated(dtype)
     x_and_z = {name: tensors[name] for name in ("x", "z")}
-    compare(
+    assert_equals_truth(
         lambda **t: gated_square_sum(**t, group_size=group_size, backend="triton"),
         lambda **t: reference.gated_square_sum(**t, group_size=group_size),
         x_and_z,
@@ -188,7 +186,7 @@ def test_square_sum_then_scale(group_size: int, dtype: torch.dtype) -> None:
     # Two ranks hold half of each group: the sum is over twice the channels.
     options = {"group_size": group_size, "count": 2 * group_size}
     square_sum = normal(2, 19, 96 // group_size).square().float() * group_size
-    compare(
+    assert_equals_truth(
         lambda **t: gated_scale(**t, **options, backend="triton"),
         lambda **t: reference.gated_scale(**t, eps=1e-5, **options),
         tensors | {"square_sum": square_sum},

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 from mamba2_kernels import reference, ssd_scan  # noqa: E402
 from mamba2_kernels.interpreter import repaired  # noqa: E402
@@ -49,9 +49,7 @@ class Case:
 
 
 @pytest.fixture(autouse=True)
-def _on_the_interpreter() -> Iterator[None]:
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("Triton was imported without TRITON_INTERPRET=1")
+def _on_the_interpreter(interpreter: None) -> Iterator[None]:
     with repaired():
         yield
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 from mamba2_kernels import causal_conv1d, gated_rms_norm, ssd_scan  # noqa: E402
 from mamba2_kernels.interpreter import Traffic, count  # noqa: E402
@@ -42,9 +42,7 @@ MODELS = {
 
 
 @pytest.fixture(autouse=True)
-def _on_the_interpreter() -> None:
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("Triton was imported without TRITON_INTERPRET=1")
+def _on_the_interpreter(interpreter: None) -> None:
     torch.manual_seed(0)
 
 
