@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamba2_train.data.config import DataConfig
-from mamba2_train.data.formats import Segment, segments
+from mamba2_train.data.encoding import encode
+from mamba2_train.data.formats import segments
 from mamba2_train.data.sources import Row
 from mamba2_train.errors import UserError
 
@@ -50,7 +51,7 @@ def build_documents(rows: list[Row], tokenizer: Any, config: DataConfig) -> Docu
     n_kept = n_dropped = n_long = 0
     for at in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[at : at + ROWS_AT_ONCE]
-        for row, (ids, learn) in zip(some, _encode(some, tokenizer, config), strict=True):
+        for row, (ids, learn) in zip(some, encode(some, tokenizer, config), strict=True):
             n_long += len(ids) > config.seq_len
             pieces = [
                 (ids[start:stop], learn[start:stop])
@@ -102,40 +103,6 @@ def hold_out(rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row]]
         [row for i, row in enumerate(rows) if i not in held_out],
         [row for i, row in enumerate(rows) if i in held_out],
     )
-
-
-def _encode(
-    rows: list[Row], tokenizer: Any, config: DataConfig
-) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-    """Ids and their learned mask for each row; both empty for a row without anything to learn."""
-    found = [segments(row, config) for row in rows]
-    first = iter(_ids([s[0] for s in found if s], tokenizer, special=True))
-    later = iter(_ids([x for s in found for x in s[1:]], tokenizer, special=False))
-    encoded = []
-    for parts in found:
-        ids: list[int] = []
-        learn: list[bool] = []
-        for i, part in enumerate(parts):
-            new = next(later if i else first)
-            ids += new
-            learn += [part.learned] * len(new)
-        if ids and config.append_eos and ids[-1] != tokenizer.eos_token_id:
-            ids.append(tokenizer.eos_token_id)
-            learn.append(True)
-        encoded.append((np.array(ids, dtype=np.int32), np.array(learn, dtype=np.bool_)))
-    return encoded
-
-
-def _ids(parts: list[Segment], tokenizer: Any, special: bool) -> list[list[int]]:
-    """Token ids; `special` puts in front what the tokenizer begins every text with, such as bos."""
-    if not parts:
-        return []
-    return tokenizer(
-        [part.text for part in parts],
-        add_special_tokens=special,
-        return_attention_mask=False,
-        verbose=False,
-    )["input_ids"]
 
 
 def _cuts(length: int, row: Row, config: DataConfig) -> list[int]:
