@@ -210,12 +210,13 @@ def across_kernel(
         p_log_dt = log_dt + (row * n_heads + h) * padded_len
         state_row = ((b * n_chunks + c) * n_heads + h) * P
         state = load_state(initial_states, state_row, n, N, P, NB, TMA)
-        for j in range(c * (CHUNK // Q), i):
-            state = carry_state(
-                state, x, B, p_decay, p_log_dt, start, j * Q, b, h, 0, g, n,
-                sx_b, sx_t, sx_h, sb_b, sb_t, sb_h, seq_len,
-                Q, P, NB, 0, PACKED, TMA, EXACT,
-            )  # fmt: skip
+        if CHUNK > Q:  # a loop that never runs would still keep the heads' loop from prefetching
+            for j in range(c * (CHUNK // Q), i):
+                state = carry_state(
+                    state, x, B, p_decay, p_log_dt, start, j * Q, b, h, 0, g, n,
+                    sx_b, sx_t, sx_h, sb_b, sb_t, sb_h, seq_len,
+                    Q, P, NB, 0, PACKED, TMA, EXACT,
+                )  # fmt: skip
         s_in = state.to(b_b.dtype)
         whole, rest, all_whole, all_rest = running_decay(p_decay, t, Q, EXACT)
         b_dy = load_tile(dy, b, t, h, 0, sdy_b, sdy_t, sdy_h, seq_len, Q, P, TMA)
@@ -231,12 +232,13 @@ def across_kernel(
             reads = tl.sum(b_dyw * dot(b_c, tl.trans(s_in), EXACT), 1)
             b_dc = add_dot(b_dyw.to(b_dy.dtype), s_in, b_dc, EXACT)
         state = load_state(dstates, state_row, n, N, P, NB, TMA)
-        for j in range(0, last - i):
-            state = carry_state(
-                state, dy, C, p_decay, p_log_dt, start, (last - j) * Q, b, h, 0, g, n,
-                sdy_b, sdy_t, sdy_h, sc_b, sc_t, sc_h, seq_len,
-                Q, P, NB, 1, PACKED, TMA, EXACT,
-            )  # fmt: skip
+        if CHUNK > Q:
+            for j in range(0, last - i):
+                state = carry_state(
+                    state, dy, C, p_decay, p_log_dt, start, (last - j) * Q, b, h, 0, g, n,
+                    sdy_b, sdy_t, sdy_h, sc_b, sc_t, sc_h, seq_len,
+                    Q, P, NB, 1, PACKED, TMA, EXACT,
+                )  # fmt: skip
         ds_out = state.to(b_b.dtype)
         through = weight_through(all_whole, all_rest, start, t, Q, PACKED, EXACT)
         anchor = through * total_of(tl.sum(s_in.to(tl.float32) * state, 1))
