@@ -32,6 +32,7 @@ launches: Counter[str] = Counter()
 
 _override: int | None = None
 _settings: dict[str, dict[str, Any]] | None = None
+_compile_only = False
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **kw: Any) -> None:
@@ -41,7 +42,11 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with here:
         # Said aloud because Triton 3.10 changes the default.
-        kernel[grid](*args, **kw, enable_fp_fusion=True)
+        kw["enable_fp_fusion"] = True
+        if _compile_only:
+            kernel.warmup(*args, grid=grid, **kw)
+        else:
+            kernel[grid](*args, **kw)
 
 
 def architecture(device: torch.device) -> int:
@@ -69,14 +74,17 @@ def use_architecture(arch: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def use_settings(settings: dict[str, dict[str, Any]]) -> Iterator[None]:
-    """Run the scan with these settings inside the block: for tuning."""
-    global _settings
-    before, _settings = _settings, settings
+def use_settings(
+    settings: dict[str, dict[str, Any]], *, compile_only: bool = False
+) -> Iterator[None]:
+    """Run the scan with these settings inside the block, or only compile it: for tuning."""
+    global _settings, _compile_only
+    before = _settings, _compile_only
+    _settings, _compile_only = settings, compile_only
     try:
         yield
     finally:
-        _settings = before
+        _settings, _compile_only = before
 
 
 def scan_config(

@@ -104,22 +104,25 @@ def sound_entry(entry: Entry) -> dict[str, Settings]:
 
 def fastest_entry(entry: Entry, seq_len: int, n_heads: int, n_groups: int) -> dict[str, Settings]:
     """Time the candidates on this machine's GPU, kernel after kernel; return the fastest."""
-    problem = Problem(entry, seq_len, n_heads, n_groups)
-    shipped = launch.scan_config(
-        problem.inputs[0].device, entry.headdim, entry.d_state, problem.inputs[0].dtype
-    )
+    dtype = torch.float32 if entry.bits == 32 else torch.bfloat16
+    shipped = launch.scan_config(torch.device("cuda"), entry.headdim, entry.d_state, dtype)
     tried = timed_candidates(entry)
-    compile_ahead(problem.shape, [shipped | {k: s} for k in tried for s in tried[k]])
+    problem = (entry, seq_len, n_heads, n_groups)
+    compile_ahead(problem, [shipped | {k: s} for k in tried for s in tried[k]])
     best: dict[str, Settings] = {kernel: dict(settings) for kernel, settings in shipped.items()}
-    print(f"shipped: {1e6 * problem.time(best):.0f} us", flush=True)
-    for kernel in ("across", "inside", "states", "scan", "dx"):
-        for settings in tried[kernel]:
-            # What `inside` writes, `across` reads: their tiles are the same.
-            other = {"across": "inside", "inside": "across"}.get(kernel)
-            if other is not None and settings["Q"] != best[other]["Q"]:
-                continue
-            best = problem.better(best, best | {kernel: settings})
-        print(f"{kernel}: {1e6 * problem.time(best):.0f} us with {best[kernel]}", flush=True)
+    with Stopwatch(problem) as watch:
+        least = watch.time(best)
+        print(f"shipped: {1e6 * least:.0f} us", flush=True)
+        for kernel in ("across", "inside", "states", "scan", "dx"):
+            for settings in tried[kernel]:
+                # What `inside` writes, `across` reads: their tiles are the same.
+                other = {"across": "inside", "inside": "across"}.get(kernel)
+                if other is not None and settings["Q"] != best[other]["Q"]:
+                    continue
+                taken = watch.time(best | {kernel: settings})
+                if taken < least:
+                    least, best = taken, best | {kernel: settings}
+            print(f"{kernel}: {1e6 * least:.0f} us with {best[kernel]}", flush=True)
     return best
 
 
@@ -129,7 +132,10 @@ def timed_candidates(entry: Entry) -> dict[str, list[Settings]]:
     wide, tma = entry.bits == 32, entry.arch >= 90
     tiles = (32, 16) if wide else (64, 32)
     for kernel, length in (("scan", "CHUNK"), ("dx", "SPAN")):
-        found[kernel] = [s | {length: n} for s in found[kernel] for n in (512, 256)]
+        longest = max(s["Q"] for s in found[kernel])
+        found[kernel] = [
+            s | {length: n} for s in found[kernel] if s["Q"] == longest for n in (512, 256)
+        ]
     found["states"] = _distinct(
         {"Q": q, "PB": min(entry.headdim, p), "NB": min(entry.d_state, n), "TMA": tma,
          "num_warps": warps, "num_stages": stages}
@@ -153,10 +159,11 @@ def timed_candidates(entry: Entry) -> dict[str, list[Settings]]:
 
 
 class Problem:
-    """One scan, its results with the shipped settings, and the time a step of it takes."""
+    """One scan, and its results with the shipped settings."""
 
-    def __init__(self, entry: Entry, seq_len: int, n_heads: int, n_groups: int) -> None:
-        self.shape = (entry, seq_len, n_heads, n_groups)
+    def __init__(
+        self, entry: Entry, seq_len: int, n_heads: int, n_groups: int, compile_only: bool = False
+    ) -> None:
         dtype = torch.float32 if entry.bits == 32 else torch.bfloat16
         generator = torch.Generator("cuda").manual_seed(0)
 
@@ -171,8 +178,7 @@ class Problem:
             normal(1, seq_len, n_groups, entry.d_state),
         )
         self.dy = normal(1, seq_len, n_heads, entry.headdim)
-        self.times: dict[str, float] = {}
-        self.expected = self.run()
+        self.expected = [] if compile_only else self.run()
 
     def run(self) -> list[Tensor]:
         from mamba2_kernels.ssd import triton_scan
@@ -182,17 +188,6 @@ class Problem:
         gradients = triton_scan.backward(self.dy, None, *inputs, True, 0.0, float("inf"), 256)
         return [y, *gradients]
 
-    def better(self, old: dict[str, Settings], new: dict[str, Settings]) -> dict[str, Settings]:
-        return new if self.time(new) < self.time(old) else old
-
-    def time(self, settings: dict[str, Settings]) -> float:
-        """Seconds for forward and backward; infinite for settings that do not work."""
-        key = json.dumps(settings, sort_keys=True)
-        if key not in self.times:
-            with launch.use_settings(settings):
-                self.times[key] = self._measure()
-        return self.times[key]
-
     def is_right(self) -> bool:
         """Whether the settings in force change nothing by more than rounding."""
         return all(
@@ -201,17 +196,14 @@ class Problem:
             if expected.numel()
         )
 
-    def _measure(self) -> float:
-        try:
-            if not self.is_right():
-                return float("inf")
-            # A graph, for launched one by one the kernels wait for Python.
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.run()
-        except Exception as error:  # too much shared memory, or a compiler that gives up
-            print(f"left out: {type(error).__name__}", file=sys.stderr)
+    def seconds(self) -> float:
+        """For forward and backward with the settings in force; infinite if these are wrong."""
+        if not self.is_right():
             return float("inf")
+        # A graph, for launched one by one the kernels wait for Python.
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
         times = []
         for _ in range(REPEATS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -223,28 +215,74 @@ class Problem:
         return statistics.median(times) / 1000
 
 
-_problem: Problem | None = None  # of a compiling process
+class Stopwatch:
+    """Times settings in a process of its own, a new one after each fault of the GPU: a fault
+    leaves the process that caused it useless."""
+
+    def __init__(self, problem: tuple[Any, ...]) -> None:
+        self.problem = problem
+        self.pool: ProcessPoolExecutor | None = None
+        self.times: dict[str, float] = {}
+
+    def __enter__(self) -> "Stopwatch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def time(self, settings: dict[str, Settings]) -> float:
+        """Seconds for forward and backward; infinite for settings that do not work."""
+        key = json.dumps(settings, sort_keys=True)
+        if key in self.times:
+            return self.times[key]
+        if self.pool is None:
+            self.pool = _processes(1, *self.problem)
+        try:
+            self.times[key] = self.pool.submit(_seconds, settings).result()
+        except Exception as error:  # too much shared memory, or what the hardware refuses
+            self.times[key] = float("inf")
+            print(f"left out, {type(error).__name__}: {key}", file=sys.stderr)
+            if type(error).__name__ != "OutOfResources":  # which is found before the launch
+                self._stop()
+        return self.times[key]
+
+    def _stop(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown()
+        self.pool = None
 
 
-def compile_ahead(shape: tuple[Entry, int, int, int], tried: list[dict[str, Settings]]) -> None:
-    """Run every candidate once, on as many processes as there are cores: Triton keeps on disk what
-    it compiles, and one process after another would take minutes."""
-    workers = max(1, min(16, (os.cpu_count() or 1) - 2))
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_set_problem, initargs=shape
-    ) as pool:
-        list(pool.map(_run_once, tried))
+def compile_ahead(problem: tuple[Any, ...], tried: list[dict[str, Settings]]) -> None:
+    """Compile on as many processes as there are cores what one alone would take minutes for;
+    Triton keeps it on disk."""
+    with _processes(max(1, min(16, (os.cpu_count() or 1) - 2)), *problem, True) as pool:
+        list(pool.map(_compile, tried))
 
 
-def _set_problem(*shape: Any) -> None:
+_problem: Problem | None = None  # of a process that compiles or times
+
+
+def _processes(n: int, *problem: Any) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        n, mp_context=get_context("spawn"), initializer=_set_problem, initargs=problem
+    )
+
+
+def _set_problem(*problem: Any) -> None:
     global _problem
-    _problem = Problem(*shape)
+    _problem = Problem(*problem)
 
 
-def _run_once(settings: dict[str, Settings]) -> None:
+def _compile(settings: dict[str, Settings]) -> None:
     assert _problem is not None
-    with contextlib.suppress(Exception), launch.use_settings(settings):
+    with contextlib.suppress(Exception), launch.use_settings(settings, compile_only=True):
         _problem.run()
+
+
+def _seconds(settings: dict[str, Settings]) -> float:
+    assert _problem is not None
+    with launch.use_settings(settings):
+        return _problem.seconds()
 
 
 def write_entry(path: str, entry: Entry, settings: dict[str, Settings]) -> None:
