@@ -20,8 +20,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## our ops beside transformers', checked first
-	$(BIN)/python -m mamba2_kernels.benchmark
+bench: $(VENV)/.dev  ## our ops beside transformers', what the kernels move, what they need
+	$(BIN)/python -m mamba2_kernels.benchmark --count
+	$(BIN)/python -m mamba2_kernels.compile_report
 
 gpu: $(VENV)/.dev  ## what only a GPU can tell, in at most 8 minutes: gpu.json
 	$(BIN)/python .ci/gpu gpu.json

@@ -340,7 +340,8 @@ class _Counter:
         launch = self.current
         if launch is None:
             return
-        mask = np.broadcast_to(np.asarray(mask), pointers.data.shape)
+        # A mask joined with a scalar is of integers, which would index instead of choose.
+        mask = np.broadcast_to(np.asarray(mask).astype(bool), pointers.data.shape)
         addresses = pointers.data[mask]
         if addresses.size == 0:
             return

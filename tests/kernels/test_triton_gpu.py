@@ -96,14 +96,11 @@ def test_kernels_match_the_torch_path(
     before = launches.copy()
     found = mixer(tensors, seq_idx, headdim, d_state, "auto")
     assert {"scan_kernel", "conv_kernel", "norm_kernel"} <= set(launches - before)
-    # What lies between the ops is rounded too, which some gradients feel more than others.
-    rounded = mixer(tensors, seq_idx, headdim, d_state, "torch")
-    for name, right in truth.items():
-        error, price = (
-            ((value[name].double() - right).norm() / right.norm()).item()
-            for value in (found, rounded)
-        )
-        assert error <= max(CEILINGS[dtype], 2 * price), f"{name}: {error:.1e}, torch {price:.1e}"
+    for name, value in found.items():
+        error = ((value.double() - truth[name]).norm() / truth[name].norm()).item()
+        # dA sums over all tokens terms that nearly cancel here: what is left shows their rounding.
+        ceiling = CEILINGS[dtype] * (4 if name == "dA" else 1)
+        assert error <= ceiling, f"{name}: {error:.1e}"
     again = mixer(tensors, seq_idx, headdim, d_state, "auto")
     assert all(torch.equal(found[name], again[name]) for name in found)
 

@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 from mamba2_kernels import causal_conv1d, gated_rms_norm, ssd_scan  # noqa: E402
 from mamba2_kernels.interpreter import Traffic, count  # noqa: E402
+from mamba2_kernels.launch import use_architecture  # noqa: E402
 
 SEQ_LEN = 1024
 HEADDIM, D_STATE = 64, 128
@@ -38,6 +39,12 @@ class Limits(NamedTuple):
 MODELS = {
     "2.7B": (Shape(n_heads=40, n_groups=1, parts=2), Limits(39, 126, 91, 242)),
     "Codestral": (Shape(n_heads=16, n_groups=1, parts=8), Limits(67, 206, 157, 405)),
+}
+# On an H100 the entry that was fastest writes a state at every tile, and reads it, instead of
+# carrying one over up to three: half again the bytes, three quarters of the time.
+MEASURED = {
+    "2.7B": MODELS["2.7B"][1]._replace(scan_backward=190, mixer_backward=306),
+    "Codestral": MODELS["Codestral"][1]._replace(scan_backward=306, mixer_backward=505),
 }
 
 
@@ -108,7 +115,7 @@ def check(shape: Shape, limits: Limits) -> None:
     assert scan_forward <= limits.scan_forward
     assert scan_backward <= limits.scan_backward
     n_heads, n_groups = shape.n_heads * shape.parts, shape.n_groups * shape.parts
-    if limits is MODELS["2.7B"][1]:
+    if shape is MODELS["2.7B"][0]:
         n_groups = 1
     d_inner = n_heads * HEADDIM
     channels = d_inner + 2 * n_groups * D_STATE
@@ -125,7 +132,14 @@ def check(shape: Shape, limits: Limits) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_bytes_and_launches(model: str) -> None:
-    check(*MODELS[model])
+    with use_architecture(100):
+        check(*MODELS[model])
+
+
+@pytest.mark.parametrize("model", ["2.7B", pytest.param("Codestral", marks=pytest.mark.slow)])
+def test_bytes_and_launches_of_the_entry_that_a_gpu_chose(model: str) -> None:
+    with use_architecture(90):
+        check(MODELS[model][0], MEASURED[model])
 
 
 @pytest.mark.slow
@@ -134,7 +148,8 @@ def test_bytes_and_launches(model: str) -> None:
 def test_bytes_and_launches_of_the_whole_shape(model: str) -> None:
     shape, limits = MODELS[model]
     n_groups = 1 if model == "2.7B" else shape.n_groups * shape.parts
-    forward, backward = scan_traffic(Shape(shape.n_heads * shape.parts, n_groups, 1))
+    with use_architecture(100):
+        forward, backward = scan_traffic(Shape(shape.n_heads * shape.parts, n_groups, 1))
     assert forward.total("hbm") / SEQ_LEN / 1000 <= limits.scan_forward
     assert backward.total("hbm") / SEQ_LEN / 1000 <= limits.scan_backward
 
