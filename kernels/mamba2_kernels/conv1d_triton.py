@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba2_kernels.launch import launch
+from mamba2_kernels.launch import LENGTHS, launch
 from mamba2_kernels.sums_triton import sum_rows
 
 NOWHERE: tl.constexpr = tl.constexpr(-(1 << 30))  # a position with no token: its input is zero
@@ -97,7 +97,7 @@ def load_tap(weight, k, c, m_c, sw_c, sw_k, W: tl.constexpr):
     return tl.load(p_weight, mask=m_c & (k < W), other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def conv_kernel(
     x, weight, bias, seq_idx, past, y, tail,
     sx_b, sx_t, ss_b, ss_t, sp_b, sp_t, sw_c, sw_k, seq_len, channels,
@@ -192,7 +192,7 @@ def load_dtail(dtail, k, c, m_c, stride_t, W: tl.constexpr):
     return tl.load(p_dtail, mask=m_c & (k < W - 1), other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def conv_backward_kernel(
     dy, dtail, x, weight, bias, seq_idx, past, dx, dpast, dweight,
     sdy_b, sdy_t, sdt_b, sdt_t, sx_b, sx_t, ss_b, ss_t, sp_b, sp_t, sw_c, sw_k,

@@ -27,6 +27,10 @@ LONGEST_ROW = 1 << 29  # tokens; what document starts leave room for
 LONGEST_CONV = 4  # taps, as in causal_conv1d
 WIDEST_GROUP = 16384  # channels that one program of a norm holds
 
+# What changes with the data: a kernel compiled for one length serves every other. Strides are told
+# apart, for their divisors decide how wide a load may be.
+LENGTHS = ["seq_len", "n_chunks", "n_rows", "n_tile_rows", "rows_per_program"]
+
 # kernel name -> launches so far in this process; a test of the Triton path asserts that it grew.
 launches: Counter[str] = Counter()
 

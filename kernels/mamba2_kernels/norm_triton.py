@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba2_kernels.launch import launch
+from mamba2_kernels.launch import LENGTHS, launch
 from mamba2_kernels.sums_triton import sum_rows
 
 ROWS_PER_PROGRAM = (16, 64)  # of the backward pass, which sums the weight's gradient over them
@@ -66,7 +66,7 @@ def norm_kernel(
             tl.store(p_sum, v.to(out_sum.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def norm_backward_kernel(
     dy, dtotal, x, z, residual, weight, square_sum, dx, dz, dresidual, dweight, dsum,
     sdy, sdt, sx, sz, sr, n_rows, rows_per_program, n_groups, group_size, count, eps,

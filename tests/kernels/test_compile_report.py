@@ -62,3 +62,26 @@ def test_a_spill_is_reported() -> None:
     assert Row(Entry(90, 64, 128, 16), "scan_kernel", stack=8).is_sound is False
     assert Row(Entry(90, 64, 128, 16), "scan_kernel", local=1).is_sound is False
     assert Row(Entry(90, 64, 128, 16), "scan_kernel").is_sound is True
+
+
+def test_no_kernel_is_compiled_anew_for_another_length() -> None:
+    """Triton would tell 1 and the multiples of 16 apart, in the middle of a run."""
+    code = """
+import importlib
+from mamba2_kernels.backend import TRITON_MODULES
+from mamba2_kernels.launch import LENGTHS
+modules = [*TRITON_MODULES.values(), "mamba2_kernels.sums_triton",
+           "mamba2_kernels.ssd.triton_forward", "mamba2_kernels.ssd.triton_backward"]
+checked = 0
+for module in modules:
+    for name, kernel in vars(importlib.import_module(module)).items():
+        if name.endswith("_kernel"):
+            for parameter in kernel.params:
+                if parameter.name in LENGTHS:
+                    assert parameter.do_not_specialize, (name, parameter.name)
+                    checked += 1
+assert checked >= 12, checked
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba2_kernels.launch import launch
+from mamba2_kernels.launch import LENGTHS, launch
 from mamba2_kernels.ssd.triton_common import (
     add_dot,
     carry_state,
@@ -54,7 +54,7 @@ MOST_HEADS_PER_PROGRAM = 20
 STRONG_DECAY: tl.constexpr = tl.constexpr(22.0)  # exp(-22) = 2^-32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def dx_kernel(
     dy, B, C, D, log_decay, log_dt, start, dstates, dx,
     sdy_b, sdy_t, sdy_h, sb_b, sb_t, sb_h, sc_b, sc_t, sc_h, sdx_b, sdx_t, sdx_h,
@@ -113,7 +113,7 @@ def dx_kernel(
         store_tile(dx, b_dx, b, t, h, p, sdx_b, sdx_t, sdx_h, seq_len, Q, PB, TMA)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def inside_kernel(
     x, dy, B, C, log_decay, log_dt, start, dcb, du, da, dD,
     sx_b, sx_t, sx_h, sdy_b, sdy_t, sdy_h, sb_b, sb_t, sb_h, sc_b, sc_t, sc_h,
@@ -167,7 +167,7 @@ def inside_kernel(
     tl.store(p_dcb, total.to(dcb.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def across_kernel(
     x, dy, B, C, log_decay, log_dt, start, initial_states, dstates, dcb, du, da, dB, dC,
     sx_b, sx_t, sx_h, sdy_b, sdy_t, sdy_h, sb_b, sb_t, sb_h, sc_b, sc_t, sc_h,
@@ -263,7 +263,7 @@ def across_kernel(
     store_tile(dC, b_dc, b, t, split, n, so_b, so_t, so_h, seq_len, Q, NB, TMA)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def finish_bc_kernel(
     dB_parts, dC_parts, dB, dC, seq_len, n_groups, n_splits, so_b, so_t,
     BT: tl.constexpr, N: tl.constexpr,
@@ -286,7 +286,7 @@ def finish_bc_kernel(
     tl.store(dC + o, b_dc.to(dC.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def finish_dt_kernel(
     dt, dt_bias, A, log_dt, du, da, ddt, dA, ddt_bias,
     sdt_b, sdt_t, sdt_h, seq_len, padded_len, n_heads, dt_min, dt_max,
@@ -326,7 +326,7 @@ def finish_dt_kernel(
     tl.store(ddt + o_dt, grad.to(ddt.dtype.element_ty), mask=m_dt)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def finish_heads_kernel(
     dA_parts, dD_parts, dbias_parts, dA, dD, dbias, n_rows, n_tile_rows, n_heads,
     BR: tl.constexpr, BH: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba2_kernels.launch import descriptor, fits_descriptor, launch, scan_config
+from mamba2_kernels.launch import LENGTHS, descriptor, fits_descriptor, launch, scan_config
 from mamba2_kernels.ssd.triton_common import (
     PADDING,
     add_dot,
@@ -97,7 +97,7 @@ def find_starts(seq_idx, start, seq_len, padded_len, ss_t, BLOCK: tl.constexpr):
         first = tl.max(begin, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def prepare_kernel(
     dt, dt_bias, A, seq_idx, log_decay, log_dt, start,
     sdt_b, sdt_t, sdt_h, ss_b, ss_t, seq_len, padded_len, n_heads, dt_min, dt_max,
@@ -132,7 +132,7 @@ def prepare_kernel(
         tl.store(log_dt + o, tl.where(m, log_v, float("-inf")), mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def states_kernel(
     x, keys, log_decay, log_dt, start, edge, states, far_edge,
     sx_b, sx_t, sx_h, sk_b, sk_t, sk_h,
@@ -182,7 +182,7 @@ def states_kernel(
         tl.store(far_edge + o_edge, state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def scan_kernel(
     x, B, C, D, log_decay, log_dt, start, initial_state, states, y, final_state,
     sx_b, sx_t, sx_h, sb_b, sb_t, sb_h, sc_b, sc_t, sc_h, sy_b, sy_t, sy_h,
