@@ -103,7 +103,7 @@ def test_every_text_has_the_ids_of_sentencepiece(
         assert remove_extra_whitespaces or truth.decode(ids) == made
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_every_short_text_over_a_small_alphabet(tmp_path, seed):
     """Pieces that overlap themselves and each other, in each text there is of up to nine
     letters."""
