@@ -102,6 +102,7 @@ def _encode(
 def _encode_texts(found: list[list[Segment]], tokenizer: Any, config: DataConfig) -> list[Encoded]:
     first = iter(_ids([s[0] for s in found if s], tokenizer, first=True))
     later = iter(_ids([x for s in found for x in s[1:]], tokenizer, first=False))
+    eos = tokenizer.eos_token_id
     encoded = []
     for parts in found:
         ids: list[int] = []
@@ -110,8 +111,8 @@ def _encode_texts(found: list[list[Segment]], tokenizer: Any, config: DataConfig
             new = next(later if i else first)
             ids += new
             learn += [part.learned] * len(new)
-        if ids and config.append_eos and ids[-1] != tokenizer.eos_token_id:
-            ids.append(tokenizer.eos_token_id)
+        if ids and config.append_eos and ids[-1] != eos:
+            ids.append(eos)
             learn.append(True)
         encoded.append(_encoded(ids, learn))
     return encoded

@@ -381,8 +381,8 @@ def _integers(
         array = np.asarray(value)
     except (ValueError, OverflowError):  # nested lists of different lengths
         array = np.empty((0, 0))
-    if len(value if isinstance(value, list) else array.shape) == 0:
-        array = np.zeros(0, dtype=np.int64)
+    if array.shape == (0,):  # whose type says nothing
+        array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iub":
         raise BadRow(f"column {column!r} holds {shown(value)}; make it a list of integers")
     if length is not None and len(array) != length:

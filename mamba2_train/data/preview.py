@@ -43,11 +43,8 @@ def preview(rows: Iterable[Row], tokenizer: Any, config: DataConfig, console: Co
         if n_tokens > config.seq_len:
             long = f", shown up to data.seq_len={config.seq_len} (long_documents: "
             long += f"{config.long_documents})"
-        console.print(
-            f"\n[bold]{row.place}[/]  {n_tokens:,} tokens, {n_learned:,} learned "
-            f"({n_learned / n_tokens:.0%}){long}",
-            soft_wrap=True,
-        )
+        counts = f"  {n_tokens:,} tokens, {n_learned:,} learned ({n_learned / n_tokens:.0%}){long}"
+        console.print(Text.assemble("\n", (row.place, "bold"), counts), soft_wrap=True)
         tokens, learned = example.tokens[: config.seq_len], example.learned[: config.seq_len]
         text = render(tokens, learned, tokenizer, colour=console.color_system is not None)
         console.print(text, soft_wrap=True)
