@@ -3,6 +3,8 @@ read off a template by eye where that is known to mark the wrong tokens."""
 
 import copy
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from mamba2_train.data.formats import detect
 from mamba2_train.data.sources import Row
 from mamba2_train.errors import UserError
 
+README = Path(__file__).parents[2] / "README.md"
 CHATML = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\n' }}"
@@ -27,12 +30,9 @@ CHATML = (
 )
 UNMARKED = CHATML.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
 # without special tokens: an answer begins with a space, and ends with the tokenizer's eos
-PLAIN = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'Answer:' }}{% generation %}"
-    "{{ ' ' + m.content + eos_token }}{% endgeneration %}"
-    "{% else %}{{ 'Question: ' + m.content + '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}"
-)
+PLAIN = re.search(r"```jinja\n(.*?)\n```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+# the space before an answer is not marked, but the token that it becomes one with is
+SPACED = PLAIN.replace("'Answer:'", "'Answer: '").replace("' ' + m", "m")
 # as Mistral's and Llama 3.1's do: tools in front, calls in JSON, answers of tools
 TOOLS = (
     "{% if tools %}{{ '[TOOLS]' + tools | tojson + '[/TOOLS]' }}{% endif %}"
@@ -79,8 +79,14 @@ def learned_text(tokenizer, example):
     ]
 
 
-def test_a_conversation_is_what_transformers_makes_of_it(chatty):
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_conversation_is_what_transformers_makes_of_it(chatty, bos):
     tokenizer = chatty()
+    if bos:  # put in front of texts, but a template writes its own
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+        )
+        assert tokenizer.encode("x")[0] == 0
     theirs = tokenizer.apply_chat_template(CONVERSATION, return_assistant_tokens_mask=True)
     ours = encoded(tokenizer, {"messages": CONVERSATION})
     assert ours.tokens.tolist() == theirs["input_ids"]  # and no eos behind it
@@ -94,7 +100,7 @@ def test_a_conversation_is_what_transformers_makes_of_it(chatty):
     ]
 
 
-@pytest.mark.parametrize("template", [CHATML, PLAIN])
+@pytest.mark.parametrize("template", [CHATML, PLAIN, SPACED])
 @pytest.mark.parametrize("seed", range(10))
 def test_any_conversation_is_marked_as_transformers_marks_it(chatty, template, seed):
     rng = random.Random(seed)
@@ -102,7 +108,7 @@ def test_any_conversation_is_marked_as_transformers_marks_it(chatty, template, s
     conversation = [
         {
             "role": "assistant" if i % 2 else "user",
-            "content": "x" + "".join(rng.choices(words, k=rng.randrange(30))) + ".",
+            "content": "The" + "".join(rng.choices(words, k=rng.randrange(30))) + ".",
         }
         for i in range(rng.randrange(2, 7))
     ]
@@ -117,17 +123,16 @@ def test_spaces_and_characters_of_several_tokens_are_marked_too(chatty):
     """GPT-NeoX's tokenizer leaves spaces out of its offsets, which transformers does not expect:
     it would mark nothing here."""
     conversation = [*CONVERSATION[1:4], {"role": "assistant", "content": "  Noir, étoilé 漢字"}]
-    for end in ("<|endoftext|>", " \n"):
+    for end in ("<|endoftext|>", "\n "):
         template = PLAIN.replace("eos_token", repr(end))
         tokenizer = chatty(template)
         tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(
             trim_offsets=True, add_prefix_space=False
         )
         example = encoded(tokenizer, {"messages": conversation}, loss_on="assistant")
-        assert learned_text(tokenizer, example) == [
-            f" It is blue.{end}",
-            f"   Noir, étoilé 漢字{end}",
-        ]
+        first, last = learned_text(tokenizer, example)
+        assert first == f" It is blue.{end}".rstrip(" ")  # its last space is in the next token
+        assert last == f"   Noir, étoilé 漢字{end}"
     example = encoded(tokenizer, {"messages": conversation}, loss_on="assistant")
     marked = tokenizer.apply_chat_template(conversation, return_assistant_tokens_mask=True)
     assert not any(marked["assistant_masks"])  # the day it does, theirs will do
