@@ -7,6 +7,7 @@ under tokenizers that trim their offsets (GPT-NeoX's, so state-spaces/mamba2-*),
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +142,7 @@ def _tokenize(texts: list[str], tokenizer: Any, offsets: bool = False) -> Any:
         texts,
         add_special_tokens=False,  # a template writes its own
         return_attention_mask=False,
+        return_token_type_ids=False,
         return_offsets_mapping=offsets,
         verbose=False,
     )
@@ -160,18 +162,18 @@ def _learned(
             "template's generation prompt with a special token"
         )
     learned = np.ones(len(ids), dtype=bool)
-    learned[: len(prompt)] = False
     if offsets is not None:
-        learned &= _covered(np.array(offsets).reshape(-1, 2), rendered.spans)
+        learned[:] = False
+        for start, end in rendered.spans:
+            if start < end:
+                first = bisect_right(offsets, start, key=lambda token: token[1])
+                behind = bisect_left(offsets, end, key=_first_character)
+                learned[first:behind] = True
+    learned[: len(prompt)] = False
     return ids, learned
 
 
-def _covered(offsets: NDArray[np.int64], spans: list[tuple[int, int]]) -> NDArray[np.bool_]:
-    """Tokens with any character in one of `spans`; `offsets` (n, 2)."""
-    starts, ends = offsets[:, 0], offsets[:, 1]
+def _first_character(offset: tuple[int, int]) -> int:
+    start, end = offset
     # a space that was trimmed away leaves a token of no characters, just behind its own
-    starts = np.where(starts == ends, starts - 1, starts)
-    covered = np.zeros(len(offsets), dtype=bool)
-    for start, end in spans:
-        covered |= (starts < end) & (ends > start)
-    return covered
+    return start if start < end else start - 1

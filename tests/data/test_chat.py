@@ -149,6 +149,19 @@ def test_the_last_character_of_an_answer_may_be_several_tokens(chatty):
     assert learned_text(tokenizer, example) == [" 字"]
 
 
+def test_an_empty_answer_marks_nothing(chatty):
+    tokenizer = chatty(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    contents = [("user", "T"), ("assistant", ""), ("user", "he "), ("assistant", "x")]
+    conversation = [{"role": role, "content": text} for role, text in contents]
+    example = encoded(tokenizer, {"messages": conversation}, loss_on="assistant")
+    assert tokenizer.convert_ids_to_tokens(example.tokens)[0] == "The"
+    assert not example.learned[0]
+    assert example.learned[-1]
+
+
 @pytest.mark.parametrize("n_prompt", [1, 2, 4])
 def test_of_a_prompt_in_messages_the_completion_is_learned(chatty, n_prompt):
     tokenizer = chatty()
