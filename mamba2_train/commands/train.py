@@ -29,6 +29,8 @@ from mamba2_train.callbacks import CHECKPOINTS, build_callbacks
 from mamba2_train.checkpoint import load_config, load_pretrained, save_pretrained
 from mamba2_train.commands import command, console
 from mamba2_train.data.datamodule import TextDataModule
+from mamba2_train.data.preview import preview
+from mamba2_train.data.sources import load_rows
 from mamba2_train.data.tokenizer import load_tokenizer, save_tokenizer
 from mamba2_train.errors import UserError
 from mamba2_train.generation import generate
@@ -60,6 +62,9 @@ def main(config: TrainConfig) -> None:
         vocab_size=shape.vocab_size,
     )
     data = TextDataModule(config.data, tokenizer, seed=config.seed)
+    if config.data.preview:
+        preview(load_rows(config.data)[0], tokenizer, config.data, console)
+        return
     data.prepare_data()
     data.setup()
     model = build_model(config)

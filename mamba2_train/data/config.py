@@ -30,18 +30,41 @@ class DataConfig(BaseModel):
     )
     limit_rows: PositiveInt | None = Field(default=None, description="read only the first rows")
 
-    format: Literal["auto", "text", "prompt_completion"] = Field(
-        default="auto", description="what a row is; auto: seen from its columns"
-    )
+    format: Literal[
+        "auto",
+        "text",
+        "prompt_completion",
+        "messages",
+        "conversations",
+        "alpaca",
+        "preference",
+        "tokens",
+    ] = Field(default="auto", description="what a row is; auto: seen from its columns")
     text_column: str | None = Field(default=None, description="null: seen from the columns")
     prompt_column: str | None = Field(default=None, description="null: prompt")
     completion_column: str | None = Field(
         default=None, description="null: completion; joined to the prompt with nothing between"
     )
-    loss_on: Literal["completion", "all"] = Field(
-        default="completion", description="all: learn the prompts too; text is always learned"
+    messages_column: str | None = Field(default=None, description="null: messages or conversations")
+    chat_template: str | None = Field(
+        default=None, description="a Jinja file; null: the tokenizer's own"
     )
-    append_eos: bool = Field(default=True, description="end each document with eos if it does not")
+    loss_on: Literal["completion", "assistant", "all"] | None = Field(
+        default=None,
+        description="assistant: what the chat template puts between {% generation %} and "
+        "{% endgeneration %}; null: completion where rows have one, else all",
+    )
+    append_eos: bool = Field(
+        default=True,
+        description="end each document with eos if it does not; a chat template ends its own, and "
+        "tokens are taken as they are",
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error", description="skip: leave out rows that cannot be used, and count them"
+    )
+    preview: NonNegativeInt = Field(
+        default=0, description="show so many examples with what is learned of them, and stop"
+    )
 
     seq_len: Annotated[int, Field(ge=2)] = Field(default=1024, description="most tokens in a row")
     packing: Literal["bfd", "none"] = Field(
@@ -65,4 +88,21 @@ class DataConfig(BaseModel):
             )
         if pair and self.format == "text":
             raise ValueError("format=text has no prompts: remove prompt_column, completion_column")
+        if self.messages_column is not None and (self.text_column is not None or pair):
+            raise ValueError(
+                f"messages_column is {self.messages_column!r} beside another column: keep the one "
+                "that holds what is to be learned"
+            )
+        owners = {
+            "text_column": ("text",),
+            "prompt_column": ("prompt_completion", "preference"),
+            "completion_column": ("prompt_completion",),
+            "messages_column": ("messages", "conversations"),
+        }
+        for column, formats in owners.items():
+            if getattr(self, column) is not None and self.format not in ("auto", *formats):
+                raise ValueError(
+                    f"format={self.format} has no {column}: remove it, or set format to "
+                    f"{' or '.join(formats)}"
+                )
         return self

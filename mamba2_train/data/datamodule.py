@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from mamba2_train.data.chat import set_template
 from mamba2_train.data.config import DataConfig
 from mamba2_train.data.documents import build_documents, hold_out
 from mamba2_train.data.formats import detect
@@ -64,6 +65,7 @@ class TextDataModule(L.LightningDataModule):
     def __init__(self, config: DataConfig, tokenizer: Any, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        set_template(tokenizer, config.chat_template)
         self.tokenizer = tokenizer
         self.seed = seed
         self.train_data: RowDataset | None = None
@@ -89,8 +91,8 @@ class TextDataModule(L.LightningDataModule):
         return self._loader(self.val_data, shuffle=False, repeat=False)
 
     def counts(self) -> dict[str, int]:
-        """`train_` and `val_` with documents, tokens, dropped and long (rows of the source), and
-        rows (of the batches)."""
+        """`train_` and `val_` with documents, tokens, dropped, skipped and long (rows of the
+        source), and rows (of the batches)."""
         assert self.train_data is not None, "setup() comes first"
         assert self.val_data is not None
         return {

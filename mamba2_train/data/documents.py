@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mamba2_train.data.config import DataConfig
 from mamba2_train.data.encoding import encode
-from mamba2_train.data.formats import segments
+from mamba2_train.data.formats import identity, learned_column, read
 from mamba2_train.data.sources import Row
 from mamba2_train.errors import UserError
 
@@ -44,14 +44,19 @@ def build_documents(rows: list[Row], tokenizer: Any, config: DataConfig) -> Docu
     """Tokenize `rows`, end each with eos, and make what is longer than `seq_len` fit.
 
     `config` names its format and columns (see `formats.detect`). Rows that leave nothing to learn
-    are dropped; one log line tells how many, and how many were too long.
+    are dropped; one log line tells how many, one how many were skipped because they cannot be used
+    (under `on_bad_row=skip`), one how many were too long.
     """
     tokens: list[NDArray[np.int32]] = []
     learned: list[NDArray[np.bool_]] = []
     n_kept = n_dropped = n_long = 0
+    faults: list[str] = []
     for at in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[at : at + ROWS_AT_ONCE]
-        for row, (ids, learn) in zip(some, encode(some, tokenizer, config), strict=True):
+        for row, (ids, learn, fault) in zip(some, encode(some, tokenizer, config), strict=True):
+            if fault is not None:
+                faults.append(fault)
+                continue
             n_long += len(ids) > config.seq_len
             pieces = [
                 (ids[start:stop], learn[start:stop])
@@ -63,10 +68,12 @@ def build_documents(rows: list[Row], tokenizer: Any, config: DataConfig) -> Docu
             learned += [mask for _, mask in pieces]
             n_kept += bool(pieces)
             n_dropped += not pieces
+    if faults:
+        logger.warning("skipped %d of %d rows; the first: %s", len(faults), len(rows), faults[0])
     if not n_kept:
         raise UserError(
             f"{rows[0].file}: none of its {len(rows)} rows leaves anything to learn; check that "
-            f"{_learned_column(config)!r} is the right column and not empty"
+            f"{learned_column(config)!r} is the right column and not empty"
         )
     if n_dropped:
         logger.warning("dropped %d of %d rows: nothing to learn in them", n_dropped, len(rows))
@@ -78,7 +85,13 @@ def build_documents(rows: list[Row], tokenizer: Any, config: DataConfig) -> Docu
         flat,
         np.concatenate(learned),
         np.concatenate([[0], np.cumsum([len(t) for t in tokens])]),
-        counts={"documents": n_kept, "tokens": len(flat), "dropped": n_dropped, "long": n_long},
+        counts={
+            "documents": n_kept,
+            "tokens": len(flat),
+            "dropped": n_dropped,
+            "skipped": len(faults),
+            "long": n_long,
+        },
     )
 
 
@@ -88,7 +101,7 @@ def hold_out(rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row]]
     Chosen by a hash of the text: it depends neither on the seed nor on the order of the rows, and
     equal texts are on the same side (but for those at the very boundary).
     """
-    found = [segments(row, config) for row in rows]
+    found = [read(row, config) for row in rows]
     usable = [i for i, parts in enumerate(found) if parts]
     if len(usable) < 2:
         raise UserError(
@@ -97,7 +110,7 @@ def hold_out(rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row]]
         )
     wanted = round(config.validation_fraction * len(usable))
     n_held_out = min(max(1, wanted), len(usable) - 1)
-    key = {i: hashlib.sha256(repr(found[i]).encode()).digest() for i in usable}
+    key = {i: hashlib.sha256(identity(found[i])).digest() for i in usable}
     held_out = set(sorted(usable, key=lambda i: key[i])[:n_held_out])
     return (
         [row for i, row in enumerate(rows) if i not in held_out],
@@ -117,7 +130,3 @@ def _cuts(length: int, row: Row, config: DataConfig) -> list[int]:
     if config.long_documents == "truncate":
         return [0, config.seq_len]
     return [*range(0, length, config.seq_len), length]
-
-
-def _learned_column(config: DataConfig) -> str | None:
-    return config.text_column if config.format == "text" else config.completion_column

@@ -66,7 +66,13 @@ def test_split_keeps_every_token_in_order(tokenizer):
     assert [t for piece, _ in pieces for t in piece] == ids
     assert all(len(piece) == 16 for piece, _ in pieces[:-1])
     assert docs.lengths.max() <= 16
-    assert docs.counts == {"documents": 2, "tokens": len(docs.tokens), "dropped": 0, "long": 1}
+    assert docs.counts == {
+        "documents": 2,
+        "tokens": len(docs.tokens),
+        "dropped": 0,
+        "skipped": 0,
+        "long": 1,
+    }
 
 
 def test_truncate_keeps_the_beginning(tokenizer):
@@ -98,7 +104,13 @@ def test_prompts_without_completion_or_too_long_to_reach_it_are_dropped(tokenize
         {"prompt": "word " * 40, "completion": " cut away"},
     )
     docs = build(rows, tokenizer, seq_len=16, long_documents="truncate")
-    assert docs.counts == {"documents": 1, "tokens": len(docs.tokens), "dropped": 2, "long": 1}
+    assert docs.counts == {
+        "documents": 1,
+        "tokens": len(docs.tokens),
+        "dropped": 2,
+        "skipped": 0,
+        "long": 1,
+    }
 
 
 def test_more_rows_than_are_tokenized_at_once(tokenizer, monkeypatch):
@@ -163,7 +175,8 @@ def test_columns_are_recognized(columns, settings, found):
         (
             [{"prompt": [{"role": "user"}], "completion": "c"}],
             {},
-            "rows.jsonl, line 1: column 'prompt' holds [{'role': 'user'}] (list); make it a string",
+            "rows.jsonl, line 1: column 'prompt' holds messages and 'completion' 'c' (str); make "
+            "both strings or both lists of messages",
         ),
         (
             [{"text": ""}, {"text": " "}],
@@ -193,7 +206,7 @@ def test_what_cannot_be_learned_is_told(tokenizer, rows, settings, message):
         ({"validation_fraction": 1.0}, "less than 1"),
         ({"seq_len": 1}, "greater than or equal to 2"),
         ({"seqlen": 128}, "Extra inputs are not permitted"),
-        ({"format": "chat"}, "Input should be 'auto', 'text' or 'prompt_completion'"),
+        ({"format": "chat"}, "Input should be 'auto', 'text', 'prompt_completion', 'm"),
     ],
 )
 def test_settings_that_contradict_are_refused(settings, message):
