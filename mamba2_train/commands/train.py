@@ -208,7 +208,7 @@ class Run:
             soft_wrap=True,
         )
         console.print(
-            f"[bold]{self.config.data.source}[/]  {data['train_documents']:,} documents, "
+            f"[bold]{self.config.data.title}[/]  {data['train_documents']:,} documents, "
             f"{data['train_tokens']:,} tokens; held out {data['val_documents']:,}"
         )
         console.print(f"[dim]{self.folder}[/]")

@@ -11,10 +11,11 @@ from mamba2_train.data.sources import Row
 
 
 class Encoded(NamedTuple):
-    """One document before it is cut to `seq_len`."""
+    """One document before it is cut to `seq_len`, or why its row is skipped."""
 
     tokens: NDArray[np.int32]
     learned: NDArray[np.bool_]
+    fault: str | None = None
 
 
 def encode(rows: list[Row], tokenizer: Any, config: DataConfig) -> list[Encoded]:

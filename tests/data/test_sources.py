@@ -3,6 +3,7 @@ import gzip
 import os
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -198,7 +199,8 @@ def test_a_missing_file_names_the_nearest_one(tmp_path):
         (
             "a.jsonl",
             '{"text": "café"}'.encode("latin-1"),
-            "{path} is not UTF-8 (byte 0xe9): convert it, for instance with `iconv -t utf-8`",
+            "{path}, line 1 is not UTF-8 (byte 0xe9): convert it, for instance with `iconv -t "
+            "utf-8`",
         ),
         (
             "a.parquet",
@@ -227,7 +229,8 @@ def test_a_folder_without_data_is_told(tmp_path):
 
 def test_splits_that_do_not_exist_are_told(tmp_path):
     plain = write(tmp_path / "plain.jsonl", ROWS)
-    assert "has no split 'train', for it has none at all" in error(plain, split="train")
+    assert len(load(plain, split="train")[0]) == 3
+    assert "has no split 'test', for it has none at all" in error(plain, split="test")
     rows = [{"text": "a", "split": "first"}, {"text": "b", "split": "second"}]
     path = write(tmp_path / "rows.jsonl", rows)
     assert error(path) == (
@@ -237,28 +240,30 @@ def test_splits_that_do_not_exist_are_told(tmp_path):
     assert error(path, split="frist") == (
         f"{path} has no split 'frist'. Did you mean 'first'? It has: first, second"
     )
-    assert "are both 'first'" in error(path, split="first", validation_split="first")
+    shared = error(path, split="first", validation_split="first+second[:1]")
+    assert (
+        "data.split is 'first' and data.validation_split 'first+second[:1]': they share" in shared
+    )
+    assert "holds no rows in first[1:]" in error(path, split="first[1:]")
+    assert "'first[' is no selection of rows" in error(path, split="first[")
 
 
 def test_the_hub_is_asked_through_datasets(monkeypatch):
     asked = []
 
-    def names(path, config):
+    def load_dataset(path, config):
         asked.append((path, config))
-        return ["train", "test"]
+        return {
+            split: datasets.Dataset.from_list([{"text": f"{split} {i}"} for i in range(20)])
+            for split in ("train", "test")
+        }
 
-    def load_dataset(path, config, split):
-        asked.append((path, config, split))
-        return [{"text": f"of {split}"}]
-
-    monkeypatch.setattr("datasets.get_dataset_split_names", names)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    train, held_out = load("someone/quotes:small", split="train[:10%]", limit_rows=5)
-    assert texts(train) == ["of train[:10%]"]
-    assert texts(held_out) == ["of test"]
-    assert train[0].place == "someone/quotes:small[train[:10%]], row 1"
-    hub = "someone/quotes"
-    assert asked == [(hub, "small"), (hub, "small", "train[:10%]"), (hub, "small", "test")]
+    train, held_out = load("someone/quotes:small", split="train[10%:50%]", limit_rows=5)
+    assert texts(train) == [f"train {i}" for i in range(2, 7)]
+    assert texts(held_out) == [f"test {i}" for i in range(5)]
+    assert train[0].place == "someone/quotes:small[train], row 3"
+    assert asked == [("someone/quotes", "small")]
 
 
 def test_a_hub_that_cannot_be_reached_is_told():
@@ -271,5 +276,5 @@ def test_what_is_on_disk_goes_before_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "data/quotes/a.jsonl", ROWS)
     assert len(load("data/quotes")[0]) == 3
-    assert open_source("data/quotes").names == []
+    assert open_source("data/quotes", DataConfig(source="data/quotes")).names == []
     assert error("data/qoutes") == "data/qoutes does not exist. Did you mean 'quotes'?"
