@@ -173,8 +173,7 @@ class LineFile:
                 if len(found) == ROWS_AT_ONCE:
                     store()
         store()
-        if n_bad:
-            logger.warning("skipped %d rows that cannot be read; the first: %s", n_bad, first_bad)
+        _tell_skipped(n_bad, first_bad)
         return {
             "size": size,
             "skipped": n_bad,
@@ -344,7 +343,7 @@ class JsonList:
                 f"{self.name}, line {error.lineno} is not JSON ({error.msg} at column "
                 f"{error.colno}): write a list of objects"
             ) from error
-        rows = []
+        rows, first_bad = [], ""
         for number, value in enumerate(values, 1):
             try:
                 rows.append(Row(_object(value), self.name, number))
@@ -352,8 +351,9 @@ class JsonList:
                 message = f"{self.name}, row {number} {error}"
                 if not self._skip:
                     raise UserError(message) from error
-                logger.warning("skipped: %s", message)
+                first_bad = first_bad or message
         self._skipped = len(values) - len(rows)
+        _tell_skipped(self._skipped, first_bad)
         return rows
 
     @property
@@ -437,6 +437,11 @@ class _Cursor:
 
     def __init__(self, pid: int, group: int, next: int, rows: Iterator[Any]) -> None:
         self.pid, self.group, self.next, self.rows = pid, group, next, rows
+
+
+def _tell_skipped(n: int, first: str) -> None:
+    if n:
+        logger.warning("skipped %d rows that cannot be read; the first: %s", n, first)
 
 
 def split_codes(values: Iterable[Any]) -> tuple[list[str], Ids] | None:
