@@ -85,12 +85,12 @@ def load_parts(config: DataConfig, block_rows: int) -> tuple[Mixture, list[Part]
 
     None of the latter: they are to be taken from the former.
     """
+    # one validation_source for the run stands for the splits of all sources
     shared = config.sources is not None and config.validation_source is not None
+    own = {"validation_source": None, "validation_split": None} if shared else {}
     train, held_out = [], []
     for one in config.each:
-        if shared:
-            one = one.model_copy(update={"validation_source": None, "validation_split": None})
-        rows, validation = load_rows(one)
+        rows, validation = load_rows(one.model_copy(update=own))
         found = detect(list(rows[:SEEN]), one)
         train.append(Part(rows, found))
         if validation is not None and not shared:
@@ -336,12 +336,9 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     yield some
 
 
-def _size(value: Any) -> int:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return sum(map(_size, value))
-    return len(value) if isinstance(value, str) else 4
+def _size(values: dict[str, Any]) -> int:
+    """Characters, nearly."""
+    return sum([len(v) if isinstance(v, str) else len(repr(v)) for v in values.values()])
 
 
 def _bounds(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

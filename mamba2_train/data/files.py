@@ -28,6 +28,7 @@ from mamba2_train.errors import UserError
 logger = logging.getLogger(__name__)
 
 Ids = NDArray[np.int64]  # rows of a table, from 0, ascending
+INDEX_IN_MEMORY = 32 << 20  # bytes of a file above which its index is on disk
 
 LINES = (".jsonl", ".csv", ".tsv", ".txt")  # whose rows are counted by lines
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -135,7 +136,7 @@ class LineFile:
 
     @cached_property
     def _index(self) -> Entry:
-        if not self._keep_index:
+        if not self._keep_index and self.path.stat().st_size < INDEX_IN_MEMORY:
             return in_memory(self._scan)
         reading = f"{self.kind} {self._skip}"
         return cached(f"index-{digest(_source_code(), reading, content(self.path))}", self._scan)

@@ -38,7 +38,7 @@ class Span(NamedTuple):
     """Some rows of a table."""
 
     table: Table
-    ids: Ids
+    ids: range | Ids
 
 
 class Rows:
@@ -55,7 +55,7 @@ class Rows:
     def __iter__(self) -> Iterator[Row]:
         for table, ids in self.spans:
             for at in range(0, len(ids), ROWS_AT_ONCE):
-                for row in table.read(ids[at : at + ROWS_AT_ONCE]):
+                for row in table.read(_array(ids[at : at + ROWS_AT_ONCE])):
                     if self.without_split:
                         row.values.pop(SPLIT)
                     yield row
@@ -168,7 +168,7 @@ class LocalSource:
     def rows(self, split: str) -> Rows:
         if self._splits:
             return self._splits[split]
-        return Rows([Span(table, np.arange(len(table))) for table in self._tables(self._files)])
+        return Rows([Span(table, range(len(table))) for table in self._tables(self._files)])
 
     def content(self) -> str:
         # not the root's own name: data that moved are the same data
@@ -184,7 +184,7 @@ class LocalSource:
             # beside train.jsonl, notes.txt is no data
             files = [file for file, split in by_file.items() if split is not None]
             for file, table in zip(files, self._tables(files), strict=True):
-                span = Span(table, np.arange(len(table)))
+                span = Span(table, range(len(table)))
                 spans.setdefault(by_file[file] or "", []).append(span)
             return {split: Rows(of_split) for split, of_split in spans.items()}
         for table in self._tables(self._files):
@@ -224,7 +224,7 @@ class HubSource:
 
     def rows(self, split: str) -> Rows:
         table = self._tables[split]
-        return Rows([Span(table, np.arange(len(table)))])
+        return Rows([Span(table, range(len(table)))])
 
     def content(self) -> str:
         parts = []
@@ -324,17 +324,22 @@ def _ranges(split: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
 
 
 def _overlap(some: Rows, others: Rows) -> bool:
-    def places(rows: Rows) -> dict[int, list[Ids]]:
-        by_table: dict[int, list[Ids]] = {}
-        for table, ids in rows.spans:
-            by_table.setdefault(id(table), []).append(ids)
-        return by_table
-
-    mine, theirs = places(some), places(others)
     return any(
-        np.intersect1d(np.concatenate(mine[table]), np.concatenate(theirs[table])).size > 0
-        for table in mine.keys() & theirs.keys()
+        len(_common(mine, theirs)) > 0
+        for table, mine in some.spans
+        for other, theirs in others.spans
+        if table is other
     )
+
+
+def _common(some: range | Ids, others: range | Ids) -> range | Ids:
+    if isinstance(some, range) and isinstance(others, range):
+        return range(max(some.start, others.start), min(some.stop, others.stop))
+    return np.intersect1d(_array(some), _array(others))
+
+
+def _array(ids: range | Ids) -> Ids:
+    return np.arange(ids.start, ids.stop) if isinstance(ids, range) else ids
 
 
 def _default_split(source: Source) -> str:

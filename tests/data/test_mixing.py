@@ -73,7 +73,7 @@ def test_each_source_has_its_own_format_and_splits(jsonl, tokenizer):
     pairs = jsonl(
         [{"prompt": f"Ask {i}?", "completion": f" Answer {i}."} for i in range(40)], "pairs.jsonl"
     )
-    held_out = jsonl([{"text": "Held out."}], "held_out.jsonl")
+    held_out = jsonl([{"text": "Held out."}], "test.jsonl")
     config = DataConfig(
         sources=[
             {"source": texts, "weight": 3, "text_column": "body", "split": "train[:30]"},
@@ -100,6 +100,16 @@ def test_sources_with_splits_give_the_held_out_rows(jsonl, tokenizer):
     b = jsonl([{"text": f"b {i}"} for i in range(6)], "b.jsonl")
     mixture, held_out = load_parts(DataConfig(sources=[{"source": a}, {"source": b}]), 100)
     assert [row.values["text"] for part in held_out for row in part.rows] == ["a 0", "a 1", "a 2"]
+    assert mixture.counts == [6, 6]
+
+
+def test_one_validation_source_stands_for_the_splits_of_all(jsonl):
+    rows = [{"text": f"a {i}", "split": "test" if i < 3 else "train"} for i in range(9)]
+    a, b = jsonl(rows, "a.jsonl"), jsonl(rows, "b.jsonl")
+    held_out = jsonl([{"text": "held out"}], "c.jsonl")
+    config = DataConfig(sources=[{"source": a}, {"source": b}], validation_source=held_out)
+    mixture, parts = load_parts(config, 100)
+    assert [row.values["text"] for part in parts for row in part.rows] == ["held out"]
     assert mixture.counts == [6, 6]
 
 
