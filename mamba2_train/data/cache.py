@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FACTS = "entry.json"
 CHUNK = 1 << 22  # bytes read at once
+PATIENCE = 10  # seconds
 
 
 def folder() -> Path:
@@ -136,6 +138,7 @@ def cached(key: str, build: Build) -> Entry:
 def _build(place: Path, build: Build) -> Entry:
     place.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{place}.lock", mode=0o666)
+    _leave_it_to_the_first(place)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -144,7 +147,7 @@ def _build(place: Path, build: Build) -> Entry:
     try:
         if entry := _open(place):
             return entry
-        for left in place.parent.glob(f"{place.name}*.tmp"):  # of a process that was killed
+        for left in place.parent.glob(f"{place.name}.*.tmp"):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         shutil.rmtree(place, ignore_errors=True)  # was damaged, or _open had found it
         temporary = Path(tempfile.mkdtemp(".tmp", f"{place.name}.", place.parent))
@@ -163,6 +166,18 @@ def _build(place: Path, build: Build) -> Entry:
         return entry
     finally:
         lock.release()
+
+
+def _leave_it_to_the_first(place: Path) -> None:
+    """The first rank of a node builds, for it is the one that shows progress; the others give it
+    some time to begin. The lock decides, should it not."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and not (place / FACTS).exists():
+        if any(place.parent.glob(f"{place.name}.*.tmp")):
+            return
+        time.sleep(0.02)
 
 
 def _open(place: Path) -> Entry | None:

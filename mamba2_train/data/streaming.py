@@ -22,6 +22,21 @@ from mamba2_train.data.packing import EMPTY, Batch, arrange
 from mamba2_train.errors import UserError
 
 
+class Block(list[Batch]):
+    """Rows that go from a worker to the run by value: torch would open a file for every tensor, of
+    which there are more than a process may have."""
+
+    def __reduce__(self) -> Any:
+        names = list(self[0]) if self else []
+        lengths = [len(row[name]) for row in self for name in names[:1]]
+        return _block, (lengths, {n: torch.cat([row[n] for row in self]).numpy() for n in names})
+
+
+def _block(lengths: list[int], arrays: dict[str, Any]) -> Block:
+    parts = {name: torch.from_numpy(a).split(lengths) for name, a in arrays.items()}
+    return Block({name: parts[name][i] for name in parts} for i in range(len(lengths)))
+
+
 class BlockDataset(torch.utils.data.Dataset[list[Batch]]):
     """Item i is block i as its packed rows, `input_ids`, `labels` and `seq_idx` of their own
     length (see RowDataset), in an order that the seed and i decide; item -1 is []."""
@@ -45,9 +60,9 @@ class BlockDataset(torch.utils.data.Dataset[list[Batch]]):
             "blocks": len(mixture),
         }
 
-    def __getitem__(self, index: int) -> list[Batch]:
+    def __getitem__(self, index: int) -> Block:
         if index == EMPTY:
-            return []
+            return Block()
         if torch.utils.data.get_worker_info() is not None:
             # the workers share the cores, and a forked tokenizer that had threads says so at length
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -56,7 +71,7 @@ class BlockDataset(torch.utils.data.Dataset[list[Batch]]):
         order = np.arange(len(packed))
         if self.config.shuffle:  # packing sorts by length
             order = np.random.default_rng([self.seed, index]).permutation(len(packed))
-        return [packed[i] for i in order.tolist()]
+        return Block(packed[i] for i in order.tolist())
 
 
 def open_stream(config: DataConfig, tokenizer: Any, seed: int) -> tuple[BlockDataset, Documents]:

@@ -169,6 +169,37 @@ def test_processes_that_start_together_build_once(tmp_path):
     assert counter.read_text() == "x"
 
 
+def _as_rank(rank: int, counter: Path, queue) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    build = slow_build(counter)
+
+    def by_rank(arrays):
+        return build(arrays) | {"rank": rank}
+
+    queue.put(cache.cached("key", by_rank).facts["rank"])
+
+
+def test_the_first_rank_of_a_node_builds(tmp_path, monkeypatch):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [
+        context.Process(target=_as_rank, args=(rank, tmp_path / "counter", queue))
+        for rank in (1, 2, 0)
+    ]
+    for process in processes:
+        process.start()
+        time.sleep(0.2)
+    assert [queue.get(timeout=30) for _ in processes] == [0, 0, 0]
+    for process in processes:
+        process.join()
+
+
+def test_other_ranks_build_where_the_first_does_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(cache, "PATIENCE", 0.1)
+    assert cache.cached("key", slow_build(tmp_path / "counter")).facts == {"answer": 42}
+
+
 def test_a_kill_while_building_leaves_nothing_that_is_read(tmp_path, folder):
     context = multiprocessing.get_context("fork")
     queue = context.Queue()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import resource
 
 import datasets
 import numpy as np
@@ -116,6 +117,19 @@ def test_a_block_is_the_same_whoever_asks_and_whenever(tmp_path, tokenizer):
             assert len(a) == len(b) > 1
             assert all(torch.equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x)
     assert here[-1] == []
+
+
+def test_a_block_of_many_rows_needs_few_open_files(tokenizer, jsonl):
+    path = jsonl({"text": f"row {i}"} for i in range(400))
+    blocks, _ = open_stream(config_of(path, packing="none", block_rows=200), tokenizer, seed=0)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        loader = DataLoader(blocks, batch_size=None, sampler=range(len(blocks)), num_workers=1)
+        seen = [text for rows in list(loader) for text in texts_of(rows, tokenizer)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sorted(map(number, seen)) == list(range(3, 400))
 
 
 def test_rows_of_a_block_are_shuffled_by_the_seed(tmp_path, tokenizer):
