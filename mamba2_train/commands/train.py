@@ -63,7 +63,8 @@ def main(config: TrainConfig) -> None:
     )
     data = TextDataModule(config.data, tokenizer, seed=config.seed)
     if config.data.preview:
-        preview(load_rows(config.data)[0], tokenizer, config.data, console)
+        for one in config.data.each:
+            preview(load_rows(one)[0], tokenizer, one, console)
         return
     data.prepare_data()
     data.setup()
@@ -213,7 +214,7 @@ class Run:
             soft_wrap=True,
         )
         console.print(
-            f"[bold]{self.config.data.source}[/]  {data['train_documents']:,} documents, "
+            f"[bold]{self.config.data.title}[/]  {data['train_documents']:,} documents, "
             f"{data['train_tokens']:,} tokens; held out {data['val_documents']:,}"
         )
         console.print(f"[dim]{self.folder}[/]")

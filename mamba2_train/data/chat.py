@@ -16,8 +16,9 @@ from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mamba2_train.data.files import BadRow
 from mamba2_train.data.formats import Chat
-from mamba2_train.data.messages import BadRow, Message
+from mamba2_train.data.messages import Message
 from mamba2_train.data.tokenizer import check_template
 from mamba2_train.errors import UserError
 

@@ -11,10 +11,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from mamba2_train.data.chat import set_template
 from mamba2_train.data.config import DataConfig
-from mamba2_train.data.documents import build_documents, hold_out
-from mamba2_train.data.formats import detect
-from mamba2_train.data.packing import EMPTY, Batch, Collator, RowDataset, pack
-from mamba2_train.data.sources import Row, load_rows
+from mamba2_train.data.documents import load_documents
+from mamba2_train.data.packing import EMPTY, Batch, Collator, RowDataset, arrange
+from mamba2_train.data.streaming import BlockDataset, open_stream
 from mamba2_train.data.tokenizer import pad_id
 
 
@@ -68,22 +67,23 @@ class TextDataModule(L.LightningDataModule):
         set_template(tokenizer, config.chat_template)
         self.tokenizer = tokenizer
         self.seed = seed
-        self.train_data: RowDataset | None = None
+        self.train_data: RowDataset | BlockDataset | None = None
         self.val_data: RowDataset | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Read, tokenize and pack, once; raises UserError for whatever is wrong with the data."""
         if self.train_data is not None:
             return
-        train, held_out = load_rows(self.config)
-        config = detect(train, self.config)
-        if held_out is None:
-            train, held_out = hold_out(train, config)
-        self.val_data = self._rows(held_out, detect(held_out, config))
-        self.train_data = self._rows(train, config)
+        config = self.config
+        if config.streaming:
+            self.train_data, held_out = open_stream(config, self.tokenizer, self.seed)
+        else:
+            train, held_out = load_documents(config, self.tokenizer)
+            self.train_data = arrange(train, config.seq_len, config.packing)
+        self.val_data = arrange(held_out, config.seq_len, config.packing)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        assert self.train_data is not None, "setup() comes first"
+        assert isinstance(self.train_data, RowDataset), "setup() comes first"
         return self._loader(self.train_data, shuffle=self.config.shuffle, repeat=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -92,20 +92,17 @@ class TextDataModule(L.LightningDataModule):
 
     def counts(self) -> dict[str, int]:
         """`train_` and `val_` with documents, tokens, dropped, skipped and long (rows of the
-        source), and rows (of the batches)."""
+        source), and rows (of the batches); of streamed data, source_rows, skipped and blocks."""
         assert self.train_data is not None, "setup() comes first"
         assert self.val_data is not None
-        return {
-            f"{part}_{name}": count
-            for part, data in (("train", self.train_data), ("val", self.val_data))
-            for name, count in {**data.documents.counts, "rows": len(data)}.items()
-        }
-
-    def _rows(self, rows: list[Row], config: DataConfig) -> RowDataset:
-        documents = build_documents(rows, self.tokenizer, config)
-        if config.packing == "bfd":
-            return RowDataset(documents, pack(documents.lengths, config.seq_len))
-        return RowDataset(documents, [[i] for i in range(len(documents))])
+        found: dict[str, int] = {}
+        for part, data in (("train", self.train_data), ("val", self.val_data)):
+            if isinstance(data, RowDataset):
+                counts = {**data.documents.counts, "rows": len(data)}
+            else:
+                counts = data.counts
+            found |= {f"{part}_{name}": count for name, count in counts.items()}
+        return found
 
     def _loader(self, data: RowDataset, *, shuffle: bool, repeat: bool) -> DataLoader[Batch]:
         # a strategy with tensor parallelism counts its data-parallel ranks here

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from mamba2_train.data.chat import encode_chats
 from mamba2_train.data.config import DataConfig
+from mamba2_train.data.files import BadRow
 from mamba2_train.data.formats import Chat, Content, Fault, Ids, Pair, Segment, fault, read
-from mamba2_train.data.messages import BadRow
 from mamba2_train.data.sources import Row
 from mamba2_train.errors import UserError
 

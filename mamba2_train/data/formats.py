@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamba2_train.data.config import DataConfig
+from mamba2_train.data.files import BadRow
 from mamba2_train.data.messages import (
-    BadRow,
     Message,
     has_content,
     is_messages,
@@ -201,13 +201,6 @@ def fault(row: Row, error: BadRow, config: DataConfig) -> Fault:
     if config.on_bad_row == "error":
         raise UserError(message) from error
     return Fault(message)
-
-
-def identity(content: Content) -> bytes:
-    """The same for equal contents, another for others."""
-    if isinstance(content, Ids):  # whose repr leaves out the middle
-        return content.tokens.tobytes() + content.learned.tobytes()
-    return repr(content).encode()
 
 
 def learned_column(config: DataConfig) -> str | None:

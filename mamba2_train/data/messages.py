@@ -8,6 +8,7 @@ most of them null.
 import json
 from typing import Any
 
+from mamba2_train.data.files import BadRow
 from mamba2_train.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -25,10 +26,6 @@ SHAREGPT_ROLES = {  # what stands in `from`
 }
 
 Message = dict[str, Any]
-
-
-class BadRow(Exception):
-    """A row that cannot be used, and why; whoever knows the row adds its place."""
 
 
 def is_messages(value: Any) -> bool:

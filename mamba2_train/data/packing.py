@@ -49,6 +49,13 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], seq_len: int) -> list[list[
     return rows
 
 
+def arrange(documents: Documents, seq_len: int, packing: str) -> "RowDataset":
+    """`documents`, none of them longer, as rows of at most `seq_len` tokens."""
+    if packing == "bfd":
+        return RowDataset(documents, pack(documents.lengths, seq_len))
+    return RowDataset(documents, [[i] for i in range(len(documents))])
+
+
 class RowDataset(torch.utils.data.Dataset[Batch]):
     """Row i as `input_ids`, `labels`, `seq_idx` of its own length; row -1 has length 0."""
 
