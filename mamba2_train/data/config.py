@@ -44,8 +44,13 @@ class DataConfig(BaseModel):
     append_eos: bool = Field(default=True, description="end each document with eos if it does not")
 
     seq_len: Annotated[int, Field(ge=2)] = Field(default=1024, description="most tokens in a row")
-    packing: Literal["bfd", "none"] = Field(
-        default="bfd", description="bfd: rows filled with whole documents; none: one to a row"
+    packing: Literal["bfd", "split", "wrapped", "none"] = Field(
+        default="bfd",
+        description="bfd: rows filled with whole documents; split: and the room that is left with "
+        "pieces; wrapped: one stream cut every seq_len; none: one document to a row",
+    )
+    length_grouped: bool = Field(
+        default=False, description="with packing=none: rows of like length share a batch"
     )
     long_documents: Literal["split", "truncate", "error"] = Field(
         default="split", description="what happens to a document of more than seq_len tokens"
@@ -54,6 +59,15 @@ class DataConfig(BaseModel):
     batch_size: PositiveInt = Field(default=8, description="rows in a micro-batch, on each rank")
     shuffle: bool = Field(default=True, description="a new order of the training rows each epoch")
     num_workers: NonNegativeInt = Field(default=0, description="processes that build batches")
+
+    @model_validator(mode="after")
+    def _grouping_needs_lengths(self) -> "DataConfig":
+        if self.length_grouped and self.packing != "none":
+            raise ValueError(
+                f"length_grouped is for one document to a row, but packing is {self.packing!r}: "
+                "its rows are all as long; set packing=none or length_grouped=false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_format(self) -> "DataConfig":

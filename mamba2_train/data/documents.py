@@ -107,7 +107,7 @@ def hold_out(rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row]]
 
 def _cuts(length: int, row: Row, config: DataConfig) -> list[int]:
     """Where a document of `length` tokens begins, is cut, and ends."""
-    if length <= config.seq_len:
+    if length <= config.seq_len or config.packing == "wrapped":  # which makes its own cuts
         return [0, length]
     if config.long_documents == "error":
         raise UserError(
