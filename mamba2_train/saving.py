@@ -27,6 +27,7 @@ from mamba2_train.schema import SavingConfig
 CHECKPOINTS = "checkpoints"  # folder of a run
 RECENT = 2  # newest checkpoints kept: the disk may have spoilt one
 TEMPORARY = ".tmp"
+SAVE = 1  # a wish, below every signal that is heard
 RUN = "mamba2_train"  # our key in a checkpoint: which run it belongs to
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Checkpoints(Callback):
     wait. Put it behind the callbacks whose state it must save.
 
     Args:
+        seed: of what a step draws; a run that resumes goes on where it was.
         csv_rows: tells how many rows of metrics have been written so far.
 
     `run`, set later, says what a checkpoint belongs to and is kept in it: see `resume.identity`.
@@ -70,15 +72,16 @@ class Checkpoints(Callback):
         self,
         folder: Path,
         config: SavingConfig,
+        seed: int,
         csv_rows: Callable[[], int],
     ) -> None:
-        self.folder, self.config, self.csv_rows = folder, config, csv_rows
+        self.folder, self.config, self.seed, self.csv_rows = folder, config, seed, csv_rows
         self.run: dict[str, Any] = {}
         self.scores: dict[int, float] = {}  # step -> val/loss
         self.at = Position()
         self.restored: list[dict[str, Any]] | None = None  # of each rank
         self.stopped_early = False
-        self.signal = 0
+        self.signal = self.wish = 0
         self.started, self.seconds_before = time.monotonic(), 0.0
         self.saved_at = time.monotonic()
 
@@ -96,11 +99,6 @@ class Checkpoints(Callback):
         """Since the run began, without the time in which no process worked on it."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not trainer.training and trainer.state.fn == "validate":
-            # before and after training there is nothing to save; Lightning would note it and go on
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.received_sigterm:
             self.signal = signal.SIGTERM
@@ -111,36 +109,47 @@ class Checkpoints(Callback):
         if self.restored is not None:
             rng = self.restored[trainer.global_rank]["rng"]
             set_rng_state(rng, trainer.strategy.root_device)
+        else:
+            torch.manual_seed(self.seed + trainer.global_rank)  # each drops units of its own
         trainer.should_stop = self.stopped_early
         self.at = self._here(trainer)
         self.saved_at = time.monotonic()
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if self.restored is not None:
-            # the count by which metrics are logged: restarting, Lightning may be one off
-            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-            self.restored = None
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         ends_step = trainer.global_step > self.at.step
         if ends_step:
             self.at = self._here(trainer)
-        wish = self._agreed(trainer, ends_step)
+        self.wish = self._agreed(trainer, ends_step)
         every = self.config.every_steps
         if ends_step and every and self.at.step % every == 0:
-            wish = max(wish, 1)
-        if wish:
-            self._save(trainer)
-        if wish > 1:
-            raise Stopped(wish)
+            self.wish = max(self.wish, SAVE)
+
+    # Lightning logs a step's metrics behind the hook above, and a checkpoint comes after them: in
+    # whichever of these is next
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.restored is not None:
+            # the count by which metrics are logged: restarting, Lightning may be one off
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            self.restored = None
+        self._grant(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._grant(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._grant(trainer)
+        else:
+            # before and after training there is nothing to save; Lightning would note it and go on
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         # all ranks must take part, and they do where they have equally many batches
         if trainer.state.fn == "fit" and math.isfinite(sum(trainer.num_val_batches)):
             wish = self._agreed(trainer, False)
-            if wish > 1:
-                self._save(trainer)
-                raise Stopped(wish)
+            if wish > SAVE:
+                self.wish = wish
+                self._grant(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -195,15 +204,22 @@ class Checkpoints(Callback):
         )
 
     def _agreed(self, trainer: L.Trainer, ends_step: bool) -> int:
-        """What the ranks want: 0 nothing, 1 a checkpoint, else to stop on that signal."""
+        """The wish of the ranks: 0, to save, or to stop on a signal, which is its number."""
         wish = self.signal
         minutes = self.config.every_minutes
         if minutes and ends_step and trainer.is_global_zero and not wish:
-            wish = int(time.monotonic() - self.saved_at >= 60 * minutes)
+            wish = SAVE * (time.monotonic() - self.saved_at >= 60 * minutes)
         if trainer.world_size == 1:
             return wish
         wishes = torch.tensor(wish, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(wishes, reduce_op="max"))
+
+    def _grant(self, trainer: L.Trainer) -> None:
+        wish, self.wish = self.wish, 0
+        if wish:
+            self._save(trainer)
+        if wish > SAVE:
+            raise Stopped(wish)
 
     def _save(self, trainer: L.Trainer) -> None:
         self.stopped_early = trainer.should_stop

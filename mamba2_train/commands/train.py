@@ -57,11 +57,11 @@ def main(config: TrainConfig) -> None:
     saver = Checkpoints(
         config.run_dir / CHECKPOINTS,
         config.callbacks.saving,
+        seed=config.seed,
         csv_rows=lambda: count_rows(config.run_dir),
     )
     trainer = build_trainer(config, saver)
     saver.run = identity(config, model, data.fingerprint(), trainer.world_size, resumed)
-    torch.manual_seed(config.seed + trainer.global_rank)  # each rank drops units of its own
     data.trainer = trainer
     total_steps = count_steps(config, data)
     module = Mamba2Module(model, config.optimizer, config.scheduler, total_steps)

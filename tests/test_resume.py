@@ -1,0 +1,252 @@
+"""A run that was killed and goes on in a new process, to the same bits as one that was not.
+
+The truth is a run of 12 steps in one process; the others are its installed command too, with a
+fault put into it by distributed/faulty_train.py.
+"""
+
+import csv
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from mamba2_train.assets import FOLDER
+from mamba2_train.checkpoint import save_pretrained
+from mamba2_train.data.tokenizer import load_tokenizer, save_tokenizer
+from mamba2_train.model import Mamba2Config, Mamba2LM, initialize
+
+BIN = Path(sys.executable).parent
+FAULTY = Path(__file__).parent / "distributed" / "faulty_train.py"
+LAST = "checkpoints/step-00000012.ckpt"
+# 9 batches to an epoch and windows of 2: an epoch has 5 steps, the last of them on one batch
+RUN = [
+    "model.source=base",
+    "data=local",
+    "data.source=rows.jsonl",
+    "data.seq_len=32",
+    "data.batch_size=2",
+    "data.num_workers=2",
+    "data.validation_fraction=0.2",
+    "adapter.dropout=0.3",
+    "adapter.r=4",
+    "trainer.accumulate=2",
+    "trainer.max_epochs=null",
+    "trainer.max_steps=12",
+    "trainer.validate_every=0.5",
+    "trainer.log_every=1",
+    "trainer.progress_bar=false",
+    "callbacks.saving.every_steps=1",
+    "callbacks.samples.prompts=[Love]",
+    "callbacks.samples.max_new_tokens=2",
+    "logger=csv",
+]
+COUNT = itertools.count()
+
+
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Starts runs in new processes without their imports' seconds."""
+    process = subprocess.Popen(
+        [sys.executable, FAULTY, "serve"], stdin=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    yield process
+    process.stdin.close()
+    process.wait(timeout=30)
+
+
+def launch(folder, fault, *arguments, server=None, torchrun=False):
+    """The installed command with a fault in it; returns its exit code and what it said."""
+    words = [fault, str(BIN / "mamba2-train"), *RUN, *arguments]
+    if server is None:
+        torch_launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        done = subprocess.run(
+            [sys.executable, *(torch_launch if torchrun else []), FAULTY, *words],
+            cwd=folder,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        return done.returncode, done.stdout + done.stderr
+    name = folder / f"launch-{next(COUNT)}"
+    request = {"folder": str(folder), "arguments": words}
+    request |= {key: f"{name}.{key}" for key in ("out", "err", "done")}
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    until = time.monotonic() + 120
+    while not Path(request["done"]).exists():
+        assert time.monotonic() < until, Path(request["err"]).read_text()
+        time.sleep(0.02)
+    code = int(Path(request["done"]).read_text())
+    return code, Path(request["out"]).read_text() + Path(request["err"]).read_text()
+
+
+def finish(folder, *arguments, fault="none", **how):
+    code, said = launch(folder, fault, *arguments, **how)
+    assert code == 0, said[-3000:]
+    return said
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model and some rows of unequal length."""
+    folder = tmp_path_factory.mktemp("resume")
+    tokenizer = load_tokenizer(FOLDER / "tiny_base")
+    shape = Mamba2Config(d_model=16, n_layers=1, vocab_size=4096, d_state=8, headdim=8)
+    save_pretrained(initialize(Mamba2LM(shape), seed=1), folder / "base")
+    save_tokenizer(tokenizer, folder / "base")
+    rows = [{"text": " ".join(str(i * j) for j in range(3 + i % 5))} for i in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def truth(folder, server):
+    """12 steps in one process."""
+    finish(folder, "run_dir=truth", server=server)
+    return folder / "truth"
+
+
+def assert_same_bits(run: Path, truth: Path) -> None:
+    """Weights, optimizer, schedule, random state, position, scores, and what was logged."""
+    ours, theirs = (torch.load(r / LAST, weights_only=True) for r in (run, truth))
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert ours[key]
+        assert same(ours[key], theirs[key]), key
+    a, b = (c["loops"]["fit_loop"] for c in (ours, theirs))
+    for key in ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.state_dict"):
+        assert same(a[key], b[key]), key
+    a, b = state(run), state(truth)
+    for key in ("ranks", "scores", "csv_rows"):
+        assert same(a[key], b[key]), key
+    assert curves(run) == curves(truth)
+    results = [json.loads((r / "result.json").read_text()) for r in (run, truth)]
+    assert results[0]["final"] == results[1]["final"]
+    assert results[0]["base"] == results[1]["base"]
+    assert (run / "samples.jsonl").read_text() == (truth / "samples.jsonl").read_text()
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def curves(run: Path) -> list[dict[str, str]]:
+    """The rows of the metrics without what a clock or the memory says."""
+    with (run / "csv" / "metrics.csv").open() as file:
+        return [
+            {k: v for k, v in row.items() if v and (k[:5] != "perf/" or "packing" in k)}
+            for row in csv.DictReader(file)
+        ]
+
+
+def check(folder, truth, fault, **how):
+    """One fault, and the next start goes on."""
+    name = re.sub(r"\W", "_", fault)
+    code, said = launch(folder, fault, f"run_dir={name}", **how)
+    assert code in (-signal.SIGKILL, 128 + signal.SIGTERM), said
+    said = finish(folder, f"run_dir={name}", "resume=auto", **how)
+    assert_same_bits(folder / name, truth)
+    assert not list((folder / name / "checkpoints").glob("*.tmp"))
+    shutil.rmtree(folder / name)
+
+
+# 22 micro-batches in 12 steps, and two validations of two batches in each epoch
+MANY = [
+    *(f"batch:{n}" for n in range(1, 23, 3)),
+    *(f"backward:{n}" for n in (2, 9, 10, 18)),
+    *(f"update:{n}" for n in (1, 5, 6, 10, 12)),
+    *(f"updated:{n}" for n in (1, 5, 10)),
+    *(f"validation:{n}" for n in (3, 4, 6, 8, 9)),
+    *(f"save:{n}" for n in (1, 2, 6, 8, 14)),
+    *(f"rename:{n}" for n in (1, 12, 13)),
+    *(f"prune:{n}" for n in (1, 4)),
+    *(f"saving:{n}" for n in (3, 8)),
+    *(f"{place}:SIGTERM" for place in ("batch:4", "batch:9", "validation:5", "update:7")),
+]
+
+
+def test_killed_again_and_again_it_comes_to_the_same_bits(folder, truth, server):
+    """In a window's second batch, on an epoch's last batch, stopped within a validation, and in
+    the middle of a save; each count is of the process that it kills."""
+    faults = {"batch:4": 1, "update:4": 5, "validation:4:SIGTERM": 7, "save:3": 10}
+    option = []
+    for fault, next_step in faults.items():
+        code, said = launch(folder, fault, "run_dir=killed", *option, server=server)
+        if "TERM" in fault:
+            assert code == 128 + signal.SIGTERM, said
+            assert "resume=auto goes on" in said
+            assert not (folder / "killed" / "result.json").exists()
+        else:
+            assert code == -signal.SIGKILL, said
+        option = ["resume=auto"]
+        print(fault, next_step, said)
+    said = finish(folder, "run_dir=killed", "resume=auto", server=server)
+    print(said)
+    assert_same_bits(folder / "killed", truth)
+    assert not list((folder / "killed" / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_killed_at_many_places(folder, truth):
+    assert len(MANY) >= 30
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda fault: check(folder, truth, fault), MANY))
+
+
+@pytest.mark.parametrize("broken", ["forget_rng", "forget_position"])
+def test_the_comparison_sees_a_broken_resume(folder, truth, server, broken):
+    launch(folder, "batch:8", f"run_dir={broken}", server=server)
+    option = (f"run_dir={broken}", "resume=auto")
+    finish(folder, *option, fault=f"none+{broken}", server=server)
+    with pytest.raises(AssertionError, match="state_dict"):
+        assert_same_bits(folder / broken, truth)
+
+
+def test_streamed_blocks(folder, server):
+    """Killed within a block, in the second epoch of blocks."""
+    how = {"server": server}
+    every = "trainer.validate_every=2"
+    finish(folder, every, "run_dir=whole", fault="none+blocks", **how)
+    code, _ = launch(folder, "batch:13+blocks", every, "run_dir=parts", **how)
+    assert code == -signal.SIGKILL
+    finish(folder, every, "run_dir=parts", "resume=auto", fault="none+blocks", **how)
+    assert_same_bits(folder / "parts", folder / "whole")
+
+
+@pytest.mark.slow
+def test_two_ranks(folder):
+    """The first of two ranks is killed; torchrun ends the other."""
+    ddp = ("strategy=ddp", "data.num_workers=1")
+    finish(folder, *ddp, "run_dir=two", torchrun=True)
+    code, _ = launch(folder, "batch:8", *ddp, "run_dir=two_killed", torchrun=True)
+    assert code != 0
+    finish(folder, *ddp, "run_dir=two_killed", "resume=auto", torchrun=True)
+    assert_same_bits(folder / "two_killed", folder / "two")
+    first, second = (rank["rng"]["cpu"] for rank in state(folder / "two")["ranks"])
+    assert not torch.equal(first, second)
+
+
+def state(run: Path) -> dict:
+    """What our callback keeps in the last checkpoint."""
+    callbacks = torch.load(run / LAST, weights_only=True)["callbacks"]
+    return next(s for s in callbacks.values() if "csv_rows" in s)
