@@ -16,14 +16,22 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from mamba2_train.assets import FOLDER
 from mamba2_train.checkpoint import save_pretrained
+from mamba2_train.commands import extend_hydra
 from mamba2_train.data.tokenizer import load_tokenizer, save_tokenizer
+from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2Config, Mamba2LM, initialize
+from mamba2_train.resume import Resumed, identity, locate
+from mamba2_train.schema import TrainConfig, validated
+from mamba2_train.tracking import run_stamp
 
 BIN = Path(sys.executable).parent
 FAULTY = Path(__file__).parent / "distributed" / "faulty_train.py"
@@ -108,7 +116,7 @@ def folder(tmp_path_factory):
     shape = Mamba2Config(d_model=16, n_layers=1, vocab_size=4096, d_state=8, headdim=8)
     save_pretrained(initialize(Mamba2LM(shape), seed=1), folder / "base")
     save_tokenizer(tokenizer, folder / "base")
-    rows = [{"text": " ".join(str(i * j) for j in range(3 + i % 5))} for i in range(40)]
+    rows = [{"text": " ".join(str(i * j) for j in range(3 + i % 5))} for i in range(54)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -117,6 +125,8 @@ def folder(tmp_path_factory):
 def truth(folder, server):
     """12 steps in one process."""
     finish(folder, "run_dir=truth", server=server)
+    rows = json.loads((folder / "truth" / "result.json").read_text())["data"]
+    assert (rows["train_rows"], rows["val_rows"]) == (17, 5)  # or the faults strike elsewhere
     return folder / "truth"
 
 
@@ -189,7 +199,7 @@ def test_killed_again_and_again_it_comes_to_the_same_bits(folder, truth, server)
     the middle of a save; each count is of the process that it kills."""
     faults = {"batch:4": 1, "update:4": 5, "validation:4:SIGTERM": 7, "save:3": 10}
     option = []
-    for fault, next_step in faults.items():
+    for fault, reached in faults.items():
         code, said = launch(folder, fault, "run_dir=killed", *option, server=server)
         if "TERM" in fault:
             assert code == 128 + signal.SIGTERM, said
@@ -198,9 +208,9 @@ def test_killed_again_and_again_it_comes_to_the_same_bits(folder, truth, server)
         else:
             assert code == -signal.SIGKILL, said
         option = ["resume=auto"]
-        print(fault, next_step, said)
-    said = finish(folder, "run_dir=killed", "resume=auto", server=server)
-    print(said)
+        kept = sorted((folder / "killed" / "checkpoints").glob("*.ckpt"))
+        assert int(kept[-1].stem.removeprefix("step-")) == reached
+    finish(folder, "run_dir=killed", "resume=auto", server=server)
     assert_same_bits(folder / "killed", truth)
     assert not list((folder / "killed" / "checkpoints").glob("*.tmp"))
 
@@ -250,3 +260,140 @@ def state(run: Path) -> dict:
     """What our callback keeps in the last checkpoint."""
     callbacks = torch.load(run / LAST, weights_only=True)["callbacks"]
     return next(s for s in callbacks.values() if "csv_rows" in s)
+
+
+def settings(run: Path, *overrides: str) -> TrainConfig:
+    """What the command makes of the arguments of the run in `run`."""
+    extend_hydra()
+    words = [w for w in RUN if w.partition("=")[0] not in {o.partition("=")[0] for o in overrides}]
+    with initialize_config_module("mamba2_configs", version_base="1.3"):
+        composed = compose("train", overrides=[*words, f"run_dir={run}", *overrides])
+    return validated(TrainConfig, OmegaConf.to_container(composed, resolve=True))
+
+
+@pytest.fixture
+def look_for(monkeypatch):
+    """`locate` of a process that has not decided yet."""
+
+    def look(*arguments: Any) -> tuple[TrainConfig, Resumed | None]:
+        monkeypatch.setenv("MAMBA2_RESUME", "")  # so that it is put back
+        monkeypatch.delenv("MAMBA2_RESUME")
+        return locate(settings(*arguments))
+
+    return look
+
+
+@pytest.fixture
+def run(truth, tmp_path):
+    """A copy of the finished run, which may be spoilt."""
+    shutil.copytree(truth, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_settings_that_change_the_numbers_are_refused(run, look_for):
+    for change in (
+        "seed=1",
+        "optimizer.lr=0.1",
+        "data.batch_size=3",
+        "data.shuffle=false",
+        "adapter.dropout=0",
+        "trainer.accumulate=1",
+        "trainer.clip_norm=null",
+        "precision=bf16",
+    ):
+        with pytest.raises(UserError, match=r"cannot resume .* was .* and is .*resume=null") as e:
+            look_for(run, "resume=auto", change)
+        if "=" in change and "precision" not in change:
+            assert change.partition("=")[0] in str(e.value)
+
+
+def test_other_settings_are_free(run, look_for, caplog):
+    caplog.set_level("INFO", "mamba2_train")
+    config, resumed = look_for(
+        *(run, "resume=auto", "logger=wandb", "trainer.max_steps=20", "trainer.log_every=3"),
+        *("data.source=moved.jsonl", "model.checkpointing=full", "data.num_workers=0"),
+    )
+    assert resumed.step == 12
+    assert config.run_dir == run
+    assert "trainer.max_steps was 12 and is 20" in caplog.text
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "empty", "text"])
+def test_a_damaged_checkpoint_is_passed_over(run, look_for, caplog, harm):
+    newest = run / LAST
+    before, _ = sorted(newest.parent.glob("*.ckpt"))[-2:]
+    raw = bytearray(newest.read_bytes())
+    if harm == "flip":
+        raw[len(raw) // 2] ^= 1  # torch would load it
+    spoilt = {"cut": raw[:-100], "flip": raw, "empty": b"", "text": b"not a checkpoint"}[harm]
+    newest.write_bytes(spoilt)
+    _, resumed = look_for(run, "resume=auto")
+    assert resumed.checkpoint == before
+    assert f"{LAST.split('/')[1]} is damaged" in caplog.text
+    with pytest.raises(UserError, match="damaged"):
+        look_for(run, f"resume={newest}")
+
+
+def test_auto_takes_the_newest_run_of_the_name_or_begins(run, look_for, caplog):
+    caplog.set_level("INFO", "mamba2_train")
+    stamped = run.parent / run_stamp()
+    _, resumed = look_for(stamped, "resume=auto")
+    assert resumed.folder == run
+    # another name; a newer run of the name that has no checkpoint yet; a folder that was named
+    for arguments in ((stamped, "name=other"), (run.parent / "elsewhere",)):
+        _, resumed = look_for(*arguments, "resume=auto")
+        assert resumed is None
+    (run.parent / "later").mkdir()
+    (run.parent / "later" / "config.yaml").write_text("name: quotes\n")
+    _, resumed = look_for(stamped, "resume=auto")
+    assert resumed is None
+    assert caplog.text.count("starting afresh") == 3
+
+
+def test_a_run_is_never_written_over(run, look_for):
+    with pytest.raises(UserError, match=r"holds a run, at step 12: resume=auto"):
+        look_for(run)
+    older = sorted((run / "checkpoints").glob("*.ckpt"))[-2]
+    with pytest.raises(UserError, match="holds a later state, step 12"):
+        look_for(run, f"resume={older}")
+    config, resumed = look_for(run.parent / "branch", f"resume={older}")
+    assert (config.run_dir.name, resumed.checkpoint) == ("branch", older)
+    _, resumed = look_for(run.parent / "branch", f"resume={run}")
+    assert resumed.step == 12
+    with pytest.raises(UserError, match="no such file"):
+        look_for(run.parent / "branch", "resume=nowhere.ckpt")
+
+
+def test_other_weights_data_or_ranks_are_refused(run, look_for):
+    config, resumed = look_for(run, "resume=auto")
+    model = Mamba2LM(Mamba2Config(d_model=16, n_layers=1, vocab_size=64, d_state=8, headdim=8))
+    model.requires_grad_(False)
+    now = identity(config, model, 7, 2, None)
+    resumed = resumed._replace(run=now)
+    assert identity(config, model, 7, 2, resumed) == now
+    for data, world, message in ((8, 2, r"data\.source"), (7, 1, "2 ranks and this run has 1")):
+        with pytest.raises(UserError, match=message):
+            identity(config, model, data, world, resumed)
+    with torch.no_grad():
+        model.backbone.layers[0].mixer.D[0] += 1
+    with pytest.raises(UserError, match=r"model\.source"):
+        identity(config, model, 7, 2, resumed)
+
+
+def test_a_longer_run_goes_on(folder, run, server):
+    """It keeps what was measured first, and the curves go on."""
+    option = (f"run_dir={run}", "resume=auto", "trainer.max_steps=14")
+    said = finish(folder, *option, server=server)
+    assert "going on after step 12" in said
+    result = json.loads((run / "result.json").read_text())
+    assert (result["steps"], result["resumed"]) == (14, 12)
+    steps = [row["step"] for row in curves(run) if "train/loss" in row]
+    assert steps == [str(n) for n in range(14)]
+
+
+def test_a_copy_of_the_run_goes_on_elsewhere(folder, truth, server, tmp_path):
+    """From an older checkpoint, into another folder: the same bits again."""
+    older = sorted((truth / "checkpoints").glob("*.ckpt"))[-2]
+    option = (f"run_dir={tmp_path / 'branch'}", f"resume={older}")
+    finish(folder, *option, server=server)
+    assert_same_bits(tmp_path / "branch", truth)
