@@ -195,7 +195,7 @@ class Run:
         if now is None:
             now = self._evaluate()["val/loss"]
         best = self.trainer.strategy.broadcast(self.saver.best_step)
-        if best is not None and scores[best] < now:
+        if best is not None and not now <= scores[best]:  # nan neither
             path = self.saver.path(best)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             self.module.load_state_dict(checkpoint["state_dict"], strict=False)

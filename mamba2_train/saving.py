@@ -7,7 +7,6 @@ so it may be written at any moment, also in the middle of an accumulation or of 
 run that resumes begins with the first micro-batch of the next step.
 """
 
-import logging
 import math
 import os
 import signal
@@ -29,8 +28,6 @@ RECENT = 2  # newest checkpoints kept: the disk may have spoilt one
 TEMPORARY = ".tmp"
 SAVE = 1  # a wish, below every signal that is heard
 RUN = "mamba2_train"  # our key in a checkpoint: which run it belongs to
-
-logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
@@ -55,7 +52,8 @@ class Position:
 
 
 class Checkpoints(Callback):
-    """Writes `step-N.ckpt` every so many steps or minutes, after each validation, and on a signal.
+    """Writes `step-N.ckpt` every so many steps or minutes, after each validation, on a signal, and
+    at the end.
 
     Kept are the newest, and the best by val/loss. SIGTERM and Ctrl-C are heard by any rank, agreed
     upon by all, and raised as `Stopped` once the checkpoint is on disk; a second Ctrl-C does not
@@ -83,7 +81,7 @@ class Checkpoints(Callback):
         self.stopped_early = False
         self.signal = self.wish = 0
         self.started, self.seconds_before = time.monotonic(), 0.0
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), -1
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.ckpt"
@@ -135,6 +133,10 @@ class Checkpoints(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._grant(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.saved_step != self.at.step:  # so that a longer run can go on from its end
+            self._save(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -226,11 +228,10 @@ class Checkpoints(Callback):
         for metrics in trainer.loggers:
             metrics.save()  # the curves reach as far as the checkpoint does
         trainer.save_checkpoint(self.path(self.at.step))
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), self.at.step
         if trainer.is_global_zero:
-            keep = {self.path(step) for step in sorted(self.scores, key=self._rank)}
             there = sorted(self.folder.glob("step-*.ckpt"))
-            best = [path for path in there if path in keep]
+            best = [path for path in there if step_of(path) in self.scores]
             best.sort(key=lambda path: self._rank(step_of(path)))
             for path in set(there[:-RECENT]) - set(best[: self.config.keep]):
                 path.unlink()
