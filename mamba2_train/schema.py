@@ -146,9 +146,11 @@ class PrecisionConfig(Group):
 
 
 class SavingConfig(Group):
-    """A checkpoint is written after each validation."""
+    """A checkpoint is written after each validation, and as often as is asked for here."""
 
-    keep: PositiveInt = Field(description="best checkpoints kept, by val/loss")
+    every_steps: PositiveInt | None = Field(default=None, description="optimizer steps")
+    every_minutes: PositiveFloat | None = Field(default=None, description="of the first rank")
+    keep: PositiveInt = Field(description="best checkpoints kept, by val/loss; the two newest stay")
 
 
 class EarlyStoppingConfig(Group):
@@ -200,6 +202,11 @@ class TrainConfig(Group):
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     seed: NonNegativeInt
     run_dir: Path
+    resume: str | None = Field(
+        default=None,
+        description="auto: go on with run_dir or the newest run of this name, if there is one; or "
+        "a checkpoint or run folder to go on from",
+    )
     debug: bool = Field(description="show tracebacks")
     model: ModelConfig
     adapter: Annotated[LoraConfig | FullConfig, Field(discriminator="kind")]

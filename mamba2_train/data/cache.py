@@ -202,12 +202,12 @@ def _mapped(file: Path, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
     return np.asarray(np.memmap(file, dtype, mode="r", shape=(size,)))
 
 
-def digest(*parts: str | bytes) -> str:
+def digest(*parts: str | bytes | memoryview) -> str:
     """128 bits of `parts`, as hex; where one ends and the next begins counts."""
     h = xxhash.xxh3_128()
     for part in parts:
         raw = part.encode() if isinstance(part, str) else part
-        h.update(f"{len(raw)}:".encode())
+        h.update(f"{memoryview(raw).nbytes}:".encode())
         h.update(raw)
     return h.hexdigest()
 

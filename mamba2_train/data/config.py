@@ -24,6 +24,7 @@ OF_THE_RUN = {
     "block_rows",
     "seq_len",
     "packing",
+    "length_grouped",
     "long_documents",
     "padding_side",
     "batch_size",
@@ -131,8 +132,13 @@ class DataConfig(BaseModel):
     )
 
     seq_len: Annotated[int, Field(ge=2)] = Field(default=1024, description="most tokens in a row")
-    packing: Literal["bfd", "none"] = Field(
-        default="bfd", description="bfd: rows filled with whole documents; none: one to a row"
+    packing: Literal["bfd", "split", "wrapped", "none"] = Field(
+        default="bfd",
+        description="bfd: rows filled with whole documents; split: and the room that is left with "
+        "pieces; wrapped: one stream cut every seq_len; none: one document to a row",
+    )
+    length_grouped: bool = Field(
+        default=False, description="with packing=none: rows of like length share a batch"
     )
     long_documents: Literal["split", "truncate", "error"] = Field(
         default="split", description="what happens to a document of more than seq_len tokens"
@@ -180,6 +186,20 @@ class DataConfig(BaseModel):
                 fault: Any = error.errors()[0]
                 key = ".".join(map(str, fault["loc"]))
                 raise ValueError(f"sources: {key}: {fault['msg']}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _grouping_needs_lengths(self) -> "DataConfig":
+        if self.length_grouped and self.packing != "none":
+            raise ValueError(
+                f"length_grouped is for one document to a row, but packing is {self.packing!r}: "
+                "its rows are all as long; set packing=none or length_grouped=false"
+            )
+        if self.length_grouped and self.streaming:
+            raise ValueError(
+                "length_grouped needs all lengths before training, and streaming knows none: set "
+                "one of them to false"
+            )
         return self
 
     @model_validator(mode="after")

@@ -43,6 +43,7 @@ COUNTS = ("documents", "tokens", "dropped", "skipped", "long")
 OTHER_SETTINGS = {
     "batch_size",
     "block_rows",
+    "length_grouped",
     "num_workers",
     "padding_side",
     "preview",
@@ -369,7 +370,8 @@ def _refuse_nothing(counts: dict[str, int], origin: str, config: DataConfig) -> 
 
 def _cuts(length: int, row: Row, config: DataConfig) -> list[int]:
     """Where a document of `length` tokens begins, is cut, and ends."""
-    if length <= config.seq_len:
+    whole = config.packing == "wrapped" and config.long_documents == "split"  # cut in packing
+    if length <= config.seq_len or whole:
         return [0, length]
     if config.long_documents == "error":
         raise UserError(

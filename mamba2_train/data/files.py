@@ -66,6 +66,10 @@ class Table(Protocol):
 
     def read(self, ids: Ids) -> Iterator[Row]: ...
 
+    def content(self) -> str:
+        """A hash of what it holds, or of what tells that as surely and is read sooner."""
+        ...
+
     @property
     def skipped(self) -> int: ...
 
@@ -125,6 +129,9 @@ class LineFile:
                 file.seek(start)
                 yield Row(parse(file.read(stop - start)), self.name, line)
 
+    def content(self) -> str:
+        return self._content
+
     @property
     def skipped(self) -> int:
         return self._index.facts["skipped"]
@@ -139,7 +146,11 @@ class LineFile:
         if not self._keep_index and self.path.stat().st_size < INDEX_IN_MEMORY:
             return in_memory(self._scan)
         reading = f"{self.kind} {self._skip}"
-        return cached(f"index-{digest(_source_code(), reading, content(self.path))}", self._scan)
+        return cached(f"index-{digest(_source_code(), reading, self._content)}", self._scan)
+
+    @cached_property
+    def _content(self) -> str:
+        return content(self.path)
 
     def _scan(self, arrays: Arrays) -> dict[str, Any]:
         names: dict[str, int] = {}
@@ -320,6 +331,9 @@ class TextFile:
             raw = _whole(self.path, self.name)
             yield Row({"text": raw.replace("\r\n", "\n").replace("\r", "\n")}, self.name, 1)
 
+    def content(self) -> str:
+        return content(self.path)
+
 
 class JsonList:
     """A file that is one list of objects, held in memory."""
@@ -334,6 +348,9 @@ class JsonList:
     def read(self, ids: Ids) -> Iterator[Row]:
         for i in ids.tolist():
             yield self._rows[i]._replace(values=dict(self._rows[i].values))
+
+    def content(self) -> str:
+        return content(self.path)
 
     @cached_property
     def _rows(self) -> list[Row]:
@@ -394,6 +411,10 @@ class ParquetFile:
                 raise self._fault(error) from error
             at.next = i + 1
             yield Row(values, self.name, i + 1)
+
+    def content(self) -> str:
+        # its size, and of each column of each row group the size and the statistics
+        return digest(str(self.path.stat().st_size), repr(self._open().metadata.to_dict()))
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:

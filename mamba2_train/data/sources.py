@@ -274,6 +274,9 @@ class HubTable:
         for at, i in enumerate(ids.tolist()):
             yield Row({k: values[at] for k, values in columns.items()}, self.name, i + 1)
 
+    def content(self) -> str:
+        return digest(self.name, self.data._fingerprint)  # of the files that it was made from
+
 
 def _read(source: Source, split: str, config: DataConfig) -> Rows:
     """The rows that a split, or an expression such as `train[:10%]+test`, names."""

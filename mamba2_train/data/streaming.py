@@ -4,12 +4,14 @@ A block is a fixed stretch of the source, so what it becomes depends on nothing 
 of training is the order of the blocks: a function of the seed and the epoch, whoever builds them.
 """
 
+import logging
 import os
 from typing import Any
 
 import numpy as np
 import torch
 
+from mamba2_train.data.cache import digest
 from mamba2_train.data.config import DataConfig
 from mamba2_train.data.documents import (
     Documents,
@@ -20,6 +22,8 @@ from mamba2_train.data.documents import (
 from mamba2_train.data.mixing import Mixture
 from mamba2_train.data.packing import EMPTY, Batch, arrange
 from mamba2_train.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Block(list[Batch]):
@@ -51,7 +55,7 @@ class BlockDataset(torch.utils.data.Dataset[list[Batch]]):
         return len(self.mixture)
 
     @property
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int | float]:
         """What is known before all of it has been read: source_rows, skipped, blocks."""
         mixture = self.mixture
         return {
@@ -60,13 +64,21 @@ class BlockDataset(torch.utils.data.Dataset[list[Batch]]):
             "blocks": len(mixture),
         }
 
+    def fingerprint(self) -> str:
+        """Of the files as they are, and of what the settings make of the first block."""
+        first = [tensor.numpy().data for row in self[0] for tensor in row.values()]
+        return digest(str(len(self)), self.mixture.content(), *first)
+
     def __getitem__(self, index: int) -> Block:
         if index == EMPTY:
             return Block()
         if torch.utils.data.get_worker_info() is not None:
             # the workers share the cores, and a forked tokenizer that had threads says so at length
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        documents = documents_of(self.mixture.block(index), self.tokenizer, [])
+        faults: list[str] = []
+        documents = documents_of(self.mixture.block(index), self.tokenizer, faults)
+        if n := documents.counts["skipped"]:
+            logger.warning("skipped %d rows of block %d; the first: %s", n, index, faults[0])
         packed = arrange(documents, self.config.seq_len, self.config.packing)
         order = np.arange(len(packed))
         if self.config.shuffle:  # packing sorts by length

@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from mamba2_train.data.config import DataConfig
-from mamba2_train.data.datamodule import ShardedSampler, TextDataModule
+from mamba2_train.data.datamodule import TextDataModule
 from mamba2_train.data.documents import build_documents
+from mamba2_train.data.loaders import ShardedSampler
 from mamba2_train.data.packing import IGNORED
 from mamba2_train.data.streaming import open_stream
 from mamba2_train.errors import UserError
