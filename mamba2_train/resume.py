@@ -97,8 +97,8 @@ def identity(
         cures = {
             "model": f"model.source={config.model.source} does not hold the weights that it "
             "adapted: give the model that the run began with",
-            "data": f"{config.data.title} is not what it was trained on: give the data and the "
-            "tokenizer that the run began with",
+            "data": f"data.source: {config.data.title} is not what it was trained on: give the "
+            "data and the tokenizer that the run began with",
             "world": f"it had {resumed.run['world']} ranks and this run has {world}, which would "
             "train on other batches: start as many",
         }

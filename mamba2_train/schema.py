@@ -230,6 +230,14 @@ class TrainConfig(Group):
             raise ValueError(
                 "adapter=lora needs weights to adapt: set model.source or adapter=full"
             )
+        t = self.trainer
+        unbounded = t.max_steps is None or isinstance(t.validate_every, float)
+        if self.data.streaming and not self.data.preview and unbounded:
+            raise ValueError(
+                f"trainer.max_steps={t.max_steps} and trainer.validate_every={t.validate_every}, "
+                "but how many steps an epoch of streamed data has is not known before its end: set "
+                "both to numbers of steps"
+            )
         return self
 
 

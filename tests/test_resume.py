@@ -44,7 +44,7 @@ RUN = [
     "data.seq_len=32",
     "data.batch_size=2",
     "data.num_workers=2",
-    "data.validation_fraction=0.2",
+    "data.validation_fraction=0.23",
     "adapter.dropout=0.3",
     "adapter.r=4",
     "trainer.accumulate=2",
@@ -232,15 +232,53 @@ def test_the_comparison_sees_a_broken_resume(folder, truth, server, broken):
         assert_same_bits(folder / broken, truth)
 
 
-def test_streamed_blocks(folder, server):
-    """Killed within a block, in the second epoch of blocks."""
-    how = {"server": server}
-    every = "trainer.validate_every=2"
-    finish(folder, every, "run_dir=whole", fault="none+blocks", **how)
-    code, _ = launch(folder, "batch:13+blocks", every, "run_dir=parts", **how)
-    assert code == -signal.SIGKILL
-    finish(folder, every, "run_dir=parts", "resume=auto", fault="none+blocks", **how)
-    assert_same_bits(folder / "parts", folder / "whole")
+STREAM = [
+    "data.source=streamed.jsonl",
+    "data.split='train[9:]'",
+    "data.validation_split='train[:9]'",
+    "data.streaming=true",
+    "data.block_rows=7",
+    "data.on_bad_row=skip",
+    "trainer.validate_every=2",
+]
+
+
+@pytest.fixture(scope="module")
+def stream(folder):
+    """The rows with a block of nothing, a row that cannot be read and one that cannot be used."""
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    lines[20:20] = ['{"text": " "}'] * 14 + ["{", '{"text": 5}']
+    (folder / "streamed.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("packing", ["bfd", "wrapped"])
+def test_a_streamed_run_goes_on_to_the_same_bits(folder, stream, server, packing):
+    """Shuffled, by two workers; killed within a block of the second epoch, and in a save."""
+    how = (*STREAM, f"data.packing={packing}")
+    finish(folder, *how, f"run_dir={packing}", server=server)
+    killed = (*how, f"run_dir={packing}_killed")
+    for fault, option in (("batch:13", ()), ("save:3", ("resume=auto",))):
+        code, said = launch(folder, fault, *killed, *option, server=server)
+        assert code == -signal.SIGKILL, said
+    # the loader's workers may be others
+    finish(folder, *killed, "resume=auto", "data.num_workers=0", server=server)
+    assert_same_bits(folder / f"{packing}_killed", folder / packing)
+    assert state(folder / packing)["ranks"][0]["block"][0] > 16, (
+        "the second epoch was never reached"
+    )
+
+
+def test_a_streamed_file_that_was_edited_is_refused(folder, stream, server):
+    copy = (*STREAM, "data.source=copy.jsonl", "run_dir=edited")
+    raw = (folder / "streamed.jsonl").read_text()
+    (folder / "copy.jsonl").write_text(raw)
+    code, said = launch(folder, "batch:4", *copy, server=server)
+    assert code == -signal.SIGKILL, said
+    lines = raw.splitlines()
+    (folder / "copy.jsonl").write_text("\n".join([*lines[:40], lines[41], lines[40], *lines[42:]]))
+    code, said = launch(folder, "none", *copy, "resume=auto", server=server)
+    assert code == 1
+    assert "copy.jsonl is not what it was trained on" in said
 
 
 @pytest.mark.slow
@@ -368,16 +406,16 @@ def test_other_weights_data_or_ranks_are_refused(run, look_for):
     config, resumed = look_for(run, "resume=auto")
     model = Mamba2LM(Mamba2Config(d_model=16, n_layers=1, vocab_size=64, d_state=8, headdim=8))
     model.requires_grad_(False)
-    now = identity(config, model, 7, 2, None)
+    now = identity(config, model, "7", 2, None)
     resumed = resumed._replace(run=now)
-    assert identity(config, model, 7, 2, resumed) == now
-    for data, world, message in ((8, 2, r"data\.source"), (7, 1, "2 ranks and this run has 1")):
+    assert identity(config, model, "7", 2, resumed) == now
+    for data, world, message in (("8", 2, r"data\.source"), ("7", 1, "2 ranks and this run has 1")):
         with pytest.raises(UserError, match=message):
             identity(config, model, data, world, resumed)
     with torch.no_grad():
         model.backbone.layers[0].mixer.D[0] += 1
     with pytest.raises(UserError, match=r"model\.source"):
-        identity(config, model, 7, 2, resumed)
+        identity(config, model, "7", 2, resumed)
 
 
 def test_a_longer_run_goes_on(folder, run, server):

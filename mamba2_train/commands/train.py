@@ -56,7 +56,6 @@ def main(config: TrainConfig) -> None:
         return
     data.prepare_data()
     data.setup()
-    check_length(config, data)
     model = build_model(config)
     adapter = adapt(model, config)
     check_space(config.run_dir, _bytes_written(model, config.callbacks.saving.keep))
@@ -120,21 +119,6 @@ def adapt(model: Mamba2LM, config: TrainConfig) -> PeftModel | None:
         rslora=lora.rslora,
         seed=config.seed,
     )
-
-
-def check_length(config: TrainConfig, data: TextDataModule) -> None:
-    """Streamed data has no epochs to count by."""
-    t = config.trainer
-    if data.streamed and t.max_steps is None:
-        raise UserError(
-            f"trainer.max_epochs={t.max_epochs}, but streamed data has an unknown number of rows: "
-            "set trainer.max_steps"
-        )
-    if data.streamed and isinstance(t.validate_every, float):
-        raise UserError(
-            f"trainer.validate_every={t.validate_every} is a share of an epoch, but streamed data "
-            "has an unknown number of rows: set a number of steps"
-        )
 
 
 def count_steps(config: TrainConfig, data: TextDataModule) -> int:
