@@ -146,8 +146,7 @@ class Checkpoints(Callback):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        # all ranks must take part, and they do where they have equally many batches
-        if trainer.state.fn == "fit" and math.isfinite(sum(trainer.num_val_batches)):
+        if trainer.state.fn == "fit":  # all ranks come here, for they have equally many batches
             wish = self._agreed(trainer, False)
             if wish > SAVE:
                 self.wish = wish

@@ -282,16 +282,19 @@ def test_a_streamed_file_that_was_edited_is_refused(folder, stream, server):
 
 
 @pytest.mark.slow
-def test_two_ranks(folder):
+@pytest.mark.parametrize("streamed", [False, True])
+def test_two_ranks(folder, stream, streamed):
     """The first of two ranks is killed; torchrun ends the other."""
-    ddp = ("strategy=ddp", "data.num_workers=1")
-    finish(folder, *ddp, "run_dir=two", torchrun=True)
-    code, _ = launch(folder, "batch:8", *ddp, "run_dir=two_killed", torchrun=True)
+    ddp = ("strategy=ddp", "data.num_workers=1", *(STREAM if streamed else ()))
+    whole, killed = f"two_{streamed}", f"two_{streamed}_killed"
+    finish(folder, *ddp, f"run_dir={whole}", torchrun=True)
+    code, _ = launch(folder, "batch:8", *ddp, f"run_dir={killed}", torchrun=True)
     assert code != 0
-    finish(folder, *ddp, "run_dir=two_killed", "resume=auto", torchrun=True)
-    assert_same_bits(folder / "two_killed", folder / "two")
-    first, second = (rank["rng"]["cpu"] for rank in state(folder / "two")["ranks"])
-    assert not torch.equal(first, second)
+    finish(folder, *ddp, f"run_dir={killed}", "resume=auto", torchrun=True)
+    assert_same_bits(folder / killed, folder / whole)
+    first, second = state(folder / whole)["ranks"]
+    assert not torch.equal(first["rng"]["cpu"], second["rng"]["cpu"])
+    assert streamed == (first["block"] != [0, 0])
 
 
 def state(run: Path) -> dict:

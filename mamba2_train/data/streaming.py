@@ -20,7 +20,7 @@ from mamba2_train.data.documents import (
     load_parts,
 )
 from mamba2_train.data.mixing import Mixture
-from mamba2_train.data.packing import EMPTY, Batch, arrange
+from mamba2_train.data.packing import Batch, arrange
 from mamba2_train.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def _block(lengths: list[int], arrays: dict[str, Any]) -> Block:
 
 class BlockDataset(torch.utils.data.Dataset[list[Batch]]):
     """Item i is block i as its packed rows, `input_ids`, `labels` and `seq_idx` of their own
-    length (see RowDataset), in an order that the seed and i decide; item -1 is []."""
+    length (see RowDataset), in an order that the seed and i decide."""
 
     def __init__(self, mixture: Mixture, tokenizer: Any, config: DataConfig, seed: int) -> None:
         self.mixture = mixture
@@ -70,8 +70,6 @@ class BlockDataset(torch.utils.data.Dataset[list[Batch]]):
         return digest(str(len(self)), self.mixture.content(), *first)
 
     def __getitem__(self, index: int) -> Block:
-        if index == EMPTY:
-            return Block()
         if torch.utils.data.get_worker_info() is not None:
             # the workers share the cores, and a forked tokenizer that had threads says so at length
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

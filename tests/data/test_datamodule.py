@@ -211,8 +211,6 @@ class Blocks(torch.utils.data.Dataset):
         return len(self.sizes)
 
     def __getitem__(self, index):
-        if index == EMPTY:
-            return []
         first = sum(self.sizes[:index])
         ids = range(first, first + self.sizes[index])
         row = {"labels": torch.int64, "input_ids": torch.int64, "seq_idx": torch.int32}
