@@ -35,6 +35,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(INSTALL) -e '.[dev]'
+	$(INSTALL) --no-deps mistral-common  # 6.6 MB, for the model file of Mistral's tokenizer alone
 	touch $@
 
 clean:

@@ -1,5 +1,6 @@
-"""What is watched during a run: speed, memory, samples, checkpoints."""
+"""What is watched during a run: speed, memory, the held-out loss."""
 
+import math
 import resource
 import time
 from typing import Any
@@ -7,44 +8,44 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
-from lightning.pytorch.callbacks import (
-    Callback,
-    EarlyStopping,
-    ModelCheckpoint,
-    OnExceptionCheckpoint,
-    RichProgressBar,
-)
+from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 from torch import Tensor
 
 from mamba2_train.model import Mamba2LM, flops_per_token
 from mamba2_train.schema import TrainConfig
 
 GIB = 1024**3
-CHECKPOINTS = "checkpoints"
 
 
 def build_callbacks(config: TrainConfig) -> list[Callback]:
-    """Checkpoints after each validation: the `keep` best by val/loss, the newest as `last`, and
-    `interrupted` if the run is cut short."""
-    folder = config.run_dir / CHECKPOINTS
-    callbacks: list[Callback] = [
-        Throughput(),
-        ModelCheckpoint(
-            folder,
-            filename="step-{step}",
-            auto_insert_metric_name=False,
-            monitor="val/loss",
-            save_top_k=config.callbacks.saving.keep,
-            save_last=True,
-        ),
-        OnExceptionCheckpoint(folder, filename="interrupted"),
-    ]
+    callbacks: list[Callback] = [Throughput()]
     if config.callbacks.early_stopping is not None:
         patience = config.callbacks.early_stopping.patience
         callbacks.append(EarlyStopping("val/loss", patience=patience))
     if config.trainer.progress_bar:
         callbacks.append(ProgressBar())
     return callbacks
+
+
+def validate_every(trainer: L.Trainer, every: int | float) -> None:
+    """Validate after every so many optimizer steps, or at a share of an epoch's steps.
+
+    Lightning counts micro-batches and would validate in the middle of an accumulation: where the
+    last window of an epoch is short, and wherever a share is not a multiple of the window.
+    """
+    loop = trainer.fit_loop.epoch_loop
+
+    def due(fetcher: Any) -> bool:
+        n_batches = loop.batch_idx + 1
+        if not n_batches or loop._should_accumulate():
+            return False
+        if isinstance(every, int):
+            return trainer.global_step % every == 0
+        window = trainer.accumulate_grad_batches
+        n_steps = math.ceil(trainer.num_training_batches / window)
+        return math.ceil(n_batches / window) % max(1, int(n_steps * every)) == 0
+
+    loop._should_check_val_fx = due  # type: ignore[method-assign, assignment]
 
 
 class ProgressBar(RichProgressBar):
@@ -65,7 +66,8 @@ class ProgressBar(RichProgressBar):
 
 
 class Throughput(Callback):
-    """Real (not padding) tokens per second, step time, MFU, and peak memory, over all ranks.
+    """Real (not padding) tokens per second and per slot, step time, the share of it spent waiting
+    for the loader, MFU, and peak memory, over all ranks.
 
     The clock stands still from the start of a validation to the next training batch. MFU counts 2
     FLOPs per multiply-add of the forward pass, as many again for the gradient of the activations,
@@ -75,8 +77,9 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self.tokens = torch.zeros((), dtype=torch.int64)
-        self.seconds, self.steps = 0.0, 0
+        self.slots, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
         self.since: float | None = None  # None while the clock stands still
+        self.waited_since = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         model: Mamba2LM = module.model  # type: ignore[assignment]
@@ -92,10 +95,10 @@ class Throughput(Callback):
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.since is None:
-            self.since = time.perf_counter()
+            self._start(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._pause()
+        self._pause(trainer)
 
     def on_train_batch_end(
         self,
@@ -106,14 +109,19 @@ class Throughput(Callback):
         batch_idx: int,
     ) -> None:
         self.tokens = self.tokens + (batch["seq_idx"] >= 0).sum()  # not read: no wait in a step
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        self.slots += batch["seq_idx"].numel()
+        if trainer.fit_loop._should_accumulate():
             return
         self.steps += 1
         if trainer.global_step % self.every:
             return
-        tokens = float(trainer.strategy.reduce(self.tokens.double(), reduce_op="sum"))
-        self._pause()
+        self._pause(trainer)
+        local = [float(self.tokens), float(self.slots), self.waited]
+        total = torch.tensor(local, dtype=torch.float64, device=module.device)
+        tokens, slots, waited = trainer.strategy.reduce(total, reduce_op="sum").tolist()
         metrics = {
+            "perf/packing_efficiency": tokens / slots,
+            "perf/loader_wait": waited / (self.seconds * trainer.world_size),
             "perf/tokens_per_sec": tokens / self.seconds,
             "perf/step_seconds": self.seconds / self.steps,
             "perf/peak_mem_gib": peak_memory(module.device) / GIB,
@@ -123,12 +131,21 @@ class Throughput(Callback):
             metrics["perf/mfu"] = reached / (self.peak_flops * trainer.world_size)
         module.log_dict(metrics, prog_bar=True)
         self.tokens = torch.zeros_like(self.tokens)
-        self.seconds, self.steps, self.since = 0.0, 0, time.perf_counter()
+        self.slots, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
+        self._start(trainer)
 
-    def _pause(self) -> None:
+    def _start(self, trainer: L.Trainer) -> None:
+        self.since, self.waited_since = time.perf_counter(), _loader_waited(trainer)
+
+    def _pause(self, trainer: L.Trainer) -> None:
         if self.since is not None:
             self.seconds += time.perf_counter() - self.since
+            self.waited += _loader_waited(trainer) - self.waited_since
         self.since = None
+
+
+def _loader_waited(trainer: L.Trainer) -> float:
+    return getattr(trainer.train_dataloader, "waited", 0.0)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -10,13 +10,13 @@ are divided once, by the total, before they are clipped. Averaging the means of 
 instead would weigh a token by how empty its batch is.
 """
 
-import math
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2LM
 from mamba2_train.optim import build_optimizer, lr_factor
 from mamba2_train.schema import OptimizerConfig, SchedulerConfig
@@ -59,15 +59,20 @@ class Mamba2Module(L.LightningModule):
     strict_loading = False
 
     def __init__(
-        self, model: Mamba2LM, optimizer: OptimizerConfig, scheduler: SchedulerConfig
+        self,
+        model: Mamba2LM,
+        optimizer: OptimizerConfig,
+        scheduler: SchedulerConfig,
+        total_steps: int,
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer_config = optimizer
         self.scheduler_config = scheduler
+        # Lightning's estimate would make the loader before a resumed run knows where it stands
+        self.total_steps = total_steps
         self.window = TokenMean()  # the micro-batches of one optimizer step
         self.validation = TokenMean()
-        self.validated_step: int | None = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss_sum, n_tokens = self._losses(batch)
@@ -104,14 +109,10 @@ class Mamba2Module(L.LightningModule):
         loss, _ = self.validation.reduced(self)
         self.log("val/loss", loss.float(), prog_bar=True)
         self.log("val/perplexity", loss.exp().float(), prog_bar=True)
-        self.validated_step = self.trainer.global_step
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.optimizer_config)
-        total = self.trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            raise ValueError(f"the number of steps is {total}; set trainer.max_steps")
-        factor = lr_factor(self.scheduler_config, int(total))
+        factor = lr_factor(self.scheduler_config, self.total_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {
             "optimizer": optimizer,
@@ -119,9 +120,19 @@ class Mamba2Module(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        weights = checkpoint["state_dict"]
+        weights, trained = checkpoint["state_dict"], self._trained()
         checkpoint["state_dict"] = {k: v for k, v in weights.items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        different = self._trained() ^ set(checkpoint["state_dict"])
+        if different:
+            raise UserError(
+                f"the checkpoint was trained on other weights: {len(different)} differ, such as "
+                f"{min(different)}; give the model and the adapter that it was made with"
+            )
+
+    def _trained(self) -> set[str]:
+        return {name for name, p in self.named_parameters() if p.requires_grad}
 
     def _losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         out = self.model(

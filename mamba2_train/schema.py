@@ -146,9 +146,11 @@ class PrecisionConfig(Group):
 
 
 class SavingConfig(Group):
-    """A checkpoint is written after each validation."""
+    """A checkpoint is written after each validation, and as often as is asked for here."""
 
-    keep: PositiveInt = Field(description="best checkpoints kept, by val/loss")
+    every_steps: PositiveInt | None = Field(default=None, description="optimizer steps")
+    every_minutes: PositiveFloat | None = Field(default=None, description="of the first rank")
+    keep: PositiveInt = Field(description="best checkpoints kept, by val/loss; the two newest stay")
 
 
 class EarlyStoppingConfig(Group):
@@ -200,6 +202,11 @@ class TrainConfig(Group):
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     seed: NonNegativeInt
     run_dir: Path
+    resume: str | None = Field(
+        default=None,
+        description="auto: go on with run_dir or the newest run of this name, if there is one; or "
+        "a checkpoint or run folder to go on from",
+    )
     debug: bool = Field(description="show tracebacks")
     model: ModelConfig
     adapter: Annotated[LoraConfig | FullConfig, Field(discriminator="kind")]
@@ -222,6 +229,14 @@ class TrainConfig(Group):
         if self.adapter.kind == "lora" and self.model.source is None:
             raise ValueError(
                 "adapter=lora needs weights to adapt: set model.source or adapter=full"
+            )
+        t = self.trainer
+        unbounded = t.max_steps is None or isinstance(t.validate_every, float)
+        if self.data.streaming and not self.data.preview and unbounded:
+            raise ValueError(
+                f"trainer.max_steps={t.max_steps} and trainer.validate_every={t.validate_every}, "
+                "but how many steps an epoch of streamed data has is not known before its end: set "
+                "both to numbers of steps"
             )
         return self
 

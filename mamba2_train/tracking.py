@@ -1,10 +1,12 @@
 """Where a run's figures go: CSV always, wandb as asked; and the one folder that a run owns."""
 
+import csv
 import functools
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,11 @@ from mamba2_train.schema import LoggerConfig
 CSV_FOLDER = "csv"
 
 
-def build_loggers(config: LoggerConfig, name: str, run_dir: Path) -> list[Logger]:
+def build_loggers(
+    config: LoggerConfig, name: str, run_dir: Path, wandb_id: str | None = None
+) -> list[Logger]:
+    """`wandb_id`: of the wandb run to go on with; offline it becomes another part of that run,
+    which `wandb sync --append` puts behind the first."""
     loggers: list[Logger] = [CSVLogger(run_dir, name=None, version=CSV_FOLDER)]
     if config.wandb is not None:
         if config.wandb == "online" and not os.environ.get("WANDB_API_KEY"):
@@ -29,38 +35,92 @@ def build_loggers(config: LoggerConfig, name: str, run_dir: Path) -> list[Logger
         # its own banner and console capture would bury the summary
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_CONSOLE", "off")
+        resume: Any = {"resume": "allow"} if wandb_id and config.wandb == "online" else {}
         wandb = WandbLogger(
             name=f"{name}-{run_dir.name}",
             project=config.project,
             save_dir=run_dir,
             offline=config.wandb == "offline",
             tags=config.tags,
+            id=wandb_id,
+            **resume,
         )
         wandb._wandb_init.pop("anonymous", None)  # Lightning sets it, wandb 0.31 warns of it
         loggers.append(wandb)
     return loggers
 
 
-@functools.cache
-def run_stamp() -> str:
-    """Names the run's folder: the time it began, the same on every rank; Slurm's job id there.
+def wandb_id(loggers: list[Logger]) -> str | None:
+    """By which a resumed run adds to the same one."""
+    return next((str(x.version) for x in loggers if isinstance(x, WandbLogger)), None)
 
-    The processes that torchrun starts agree through torchrun's own store.
+
+def continue_metrics(run_dir: Path, logger: Logger, n_rows: int) -> None:
+    """Let `logger` go on behind the first `n_rows` rows of the folder's metrics.
+
+    What was logged behind the checkpoint will be logged again. Lightning removes the file that it
+    finds, so it is put aside until the new one is written.
     """
-    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    path = run_dir / CSV_FOLDER / "metrics.csv"
+    aside = path.with_suffix(".before")
+    if path.is_file() and not aside.is_file():
+        path.rename(aside)
+    if not aside.is_file():
+        return
+    with aside.open(newline="") as file:
+        rows = [
+            {key: value for key, value in row.items() if key and value}
+            for _, row in zip(range(n_rows), csv.DictReader(file), strict=False)
+        ]
+    assert isinstance(logger, CSVLogger)
+    logger.experiment.metrics.extend(rows)
+    logger.save()
+    aside.unlink()
+
+
+def count_rows(run_dir: Path) -> int:
+    """Rows of metrics that are on the disk."""
+    path = run_dir / CSV_FOLDER / "metrics.csv"
+    if not path.is_file():
+        return 0
+    with path.open(newline="") as file:
+        return sum(1 for _ in csv.DictReader(file))
+
+
+def agreed(key: str, decide: Callable[[], str]) -> str:
+    """What the first rank decides, on every rank.
+
+    The processes that torchrun starts agree through torchrun's own store, those that Lightning
+    starts for ddp inherit it.
+    """
     env = os.environ
-    if "MAMBA2_RUN_STAMP" in env:  # set below, for the processes that Lightning starts for ddp
-        return env["MAMBA2_RUN_STAMP"]
+    name = f"MAMBA2_{key.upper()}"
+    if name in env:
+        return env[name]
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         from torch.distributed import PrefixStore, TCPStore
 
         host = TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
-        store = PrefixStore(f"run_stamp/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", host)
+        store = PrefixStore(f"{key}/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", host)
         if env["RANK"] == "0":
-            store.set("stamp", now)
-        return store.get("stamp").decode()
-    env["MAMBA2_RUN_STAMP"] = env.get("SLURM_JOB_ID", now)
-    return env["MAMBA2_RUN_STAMP"]
+            try:
+                store.set(key, "=" + decide())
+            except UserError as error:  # said by each, so that none waits for the others
+                store.set(key, f"!{error}")
+        answer = store.get(key).decode()
+        if answer[0] == "!":
+            raise UserError(answer[1:])
+        return answer[1:]
+    env[name] = decide()
+    return env[name]
+
+
+@functools.cache
+def run_stamp() -> str:
+    """Names the run's folder: the time it began, the same on every rank; Slurm's job id there."""
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    return agreed("run_stamp", lambda: now if by_torchrun else os.environ.get("SLURM_JOB_ID", now))
 
 
 def write_json(path: Path, value: Any) -> None:

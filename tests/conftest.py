@@ -2,8 +2,10 @@
 transformers' Mamba2ForCausalLM holding the same ones, which is what most of them call the truth."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ["MAMBA2_CACHE"] = tempfile.mkdtemp()  # of the session, subprocesses included
 
 import torch
 
@@ -11,7 +13,8 @@ if not torch.cuda.is_available():
     # Triton kernels run on Triton's interpreter, which is chosen when Triton is first imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +23,12 @@ import transformers
 from mamba2_train.model import Mamba2Config, Mamba2LM
 
 torch.set_num_threads(1)  # the models are so small that threads only get in each other's way
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_is_left() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["MAMBA2_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

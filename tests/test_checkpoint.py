@@ -5,6 +5,7 @@ never with our own exporter.
 """
 
 import errno
+import io
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import safetensors.torch
+import sentencepiece
 import torch
 import transformers
 from huggingface_hub import errors as hub
@@ -23,6 +25,7 @@ from peft import LoraConfig, get_peft_model
 
 from mamba2_train import checkpoint
 from mamba2_train.checkpoint import load_config, load_pretrained, save_pretrained
+from mamba2_train.commands.generate import load_for_generation
 from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2Config
 
@@ -347,6 +350,26 @@ def test_reads_mistral(mistral):
     )
     expected = truth(tensors, "model.", vocab_size=64, n_groups=2, tie_word_embeddings=False)
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mistral_folder_brings_its_tokenizer(mistral):
+    """As it is downloaded: weights, params.json and a SentencePiece model."""
+    folder, _ = mistral
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat", "that hat", "a hot tea"] * 20),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=30,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model.v3").write_bytes(written.getvalue())
+    truth = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    model, tokenizer = load_for_generation(str(folder))
+    assert model.config.vocab_size == 64
+    assert tokenizer.encode("that tea") == [truth.bos_id(), *truth.encode("that tea")]
+    assert tokenizer.eos_token_id == truth.eos_id()
 
 
 def test_a_folder_with_two_layouts_reads_the_one_whose_weights_are_there(mistral, model):

@@ -70,7 +70,7 @@ def test_a_run_leaves_all_that_it_promises(finished):
         assert trained
         assert all(w.abs().max() > 0 for w in trained)
     assert (out / "adapter" / "tokenizer.json").is_file()
-    assert (out / "checkpoints" / "last.ckpt").is_file()
+    assert (out / "checkpoints" / "step-00000006.ckpt").is_file()
     assert "<svg" in (out / "report.html").read_text()
     assert list((out / "wandb").glob("offline-run-*/*.wandb"))
     assert len((out / "samples.jsonl").read_text().splitlines()) == 4
@@ -80,7 +80,9 @@ def test_a_run_leaves_all_that_it_promises(finished):
 
 def test_a_checkpoint_holds_what_is_trained_and_nothing_else(finished):
     folder, _ = finished
-    checkpoint = torch.load(folder / "out" / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint = torch.load(
+        folder / "out" / "checkpoints" / "step-00000006.ckpt", weights_only=True
+    )
     assert checkpoint["state_dict"]
     assert all("lora_" in name for name in checkpoint["state_dict"])
 
@@ -154,6 +156,9 @@ def test_ctrl_c_keeps_what_was_learned(tmp_path):
     assert result["status"] == "interrupted"
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "out" / "report.html").is_file()
+    # and it can go on
+    (saved,) = (tmp_path / "out" / "checkpoints").glob("*.ckpt")
+    assert int(saved.stem.removeprefix("step-")) == result["steps"]
 
 
 def test_torchrun_on_two_ranks(tmp_path):

@@ -1,56 +1,18 @@
-"""Batches for Lightning: the data set of a run, and the order in which a rank sees its rows."""
+"""The data of a run as Lightning wants it: read, tokenized, packed, and given out in batches."""
 
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
 
+from mamba2_train.data.cache import digest
+from mamba2_train.data.chat import set_template
 from mamba2_train.data.config import DataConfig
-from mamba2_train.data.documents import build_documents, hold_out
-from mamba2_train.data.formats import detect
-from mamba2_train.data.packing import EMPTY, Batch, Collator, RowDataset, pack
-from mamba2_train.data.sources import Row, load_rows
+from mamba2_train.data.documents import load_documents
+from mamba2_train.data.loaders import BatchSampler, BlockLoader, RowLoader, ShardedSampler
+from mamba2_train.data.packing import Batch, Collator, RowDataset, arrange
+from mamba2_train.data.streaming import BlockDataset, open_stream
 from mamba2_train.data.tokenizer import pad_id
-
-
-class ShardedSampler(Sampler[int]):
-    """Row indices of one rank, a pure function of (seed, epoch, rank, world).
-
-    Every rank gets equally many. Where the rows do not divide, training sees the epoch's first
-    ones again, and validation gets empty rows (-1), for each row must be counted exactly once.
-    """
-
-    def __init__(
-        self, n_rows: int, *, seed: int, rank: int, world: int, shuffle: bool, repeat: bool
-    ) -> None:
-        self.n_rows, self.seed, self.rank, self.world = n_rows, seed, rank, world
-        self.shuffle, self.repeat = shuffle, repeat
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return math.ceil(self.n_rows / self.world)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order(self.epoch))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
-        self.epoch = epoch
-
-    def order(self, epoch: int) -> list[int]:
-        """This rank's rows of an epoch, in order."""
-        order = np.arange(self.n_rows)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
-        if self.repeat:
-            order = np.resize(order, len(self) * self.world)
-        else:
-            order = np.append(order, np.full(len(self) * self.world - self.n_rows, EMPTY))
-        return order[self.rank :: self.world].tolist()
 
 
 class TextDataModule(L.LightningDataModule):
@@ -64,69 +26,131 @@ class TextDataModule(L.LightningDataModule):
     def __init__(self, config: DataConfig, tokenizer: Any, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        set_template(tokenizer, config.chat_template)
         self.tokenizer = tokenizer
         self.seed = seed
-        self.train_data: RowDataset | None = None
+        self.train_data: RowDataset | BlockDataset | None = None
         self.val_data: RowDataset | None = None
+        self.position = (0, 0)  # in streamed data: of the row after the batch in training
 
     def setup(self, stage: str | None = None) -> None:
         """Read, tokenize and pack, once; raises UserError for whatever is wrong with the data."""
         if self.train_data is not None:
             return
-        train, held_out = load_rows(self.config)
-        config = detect(train, self.config)
-        if held_out is None:
-            train, held_out = hold_out(train, config)
-        self.val_data = self._rows(held_out, detect(held_out, config))
-        self.train_data = self._rows(train, config)
+        config = self.config
+        if config.streaming:
+            self.train_data, held_out = open_stream(config, self.tokenizer, self.seed)
+        else:
+            train, held_out = load_documents(config, self.tokenizer)
+            self.train_data = arrange(train, config.seq_len, config.packing)
+        self.val_data = arrange(held_out, config.seq_len, config.packing)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    @property
+    def streamed(self) -> bool:
+        """Whether the number of training rows is unknown before all of them have been read."""
+        return not isinstance(self.train_data, RowDataset)
+
+    def train_dataloader(self) -> RowLoader | BlockLoader:
+        """From where the run stands: the trainer's epoch and batch, or `position`."""
         assert self.train_data is not None, "setup() comes first"
-        return self._loader(self.train_data, shuffle=self.config.shuffle, repeat=True)
+        if isinstance(self.train_data, RowDataset):
+            t = self.trainer
+            start = (t.current_epoch, t.fit_loop.batch_idx + 1) if t else (0, 0)
+        else:
+            start = self.position
+        return self._loader(self.train_data, training=True, start=start)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> RowLoader | BlockLoader:
         assert self.val_data is not None, "setup() comes first"
-        return self._loader(self.val_data, shuffle=False, repeat=False)
+        return self._loader(self.val_data, training=False)
 
-    def counts(self) -> dict[str, int]:
-        """`train_` and `val_` with documents, tokens, dropped and long (rows of the source), and
-        rows (of the batches)."""
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """The batch is about to be trained on: what follows it is where the run stands."""
+        if "position" not in batch:
+            return batch
+        block, row = batch["position"].tolist()
+        self.position = (block, row)
+        return {name: value for name, value in batch.items() if name != "position"}
+
+    def batches_per_epoch(self) -> int | None:
+        """Of one rank; None for streamed data."""
+        if not isinstance(self.train_data, RowDataset):
+            return None
+        return len(BatchSampler(self._sampler(self.train_data, True), self.config.batch_size))
+
+    def counts(self) -> dict[str, int | float]:
+        """`train_` and `val_` with documents, tokens, dropped, skipped and long (rows of the
+        source), rows (of the batches), documents_per_row, and packing_efficiency: real tokens over
+        slots. Of streamed training data: source_rows, skipped, blocks."""
         assert self.train_data is not None, "setup() comes first"
         assert self.val_data is not None
-        return {
-            f"{part}_{name}": count
-            for part, data in (("train", self.train_data), ("val", self.val_data))
-            for name, count in {**data.documents.counts, "rows": len(data)}.items()
-        }
+        found: dict[str, int | float] = {}
+        for part, data in (("train", self.train_data), ("val", self.val_data)):
+            counts: dict[str, Any] = data.counts
+            if isinstance(data, RowDataset):
+                counts = counts | {"packing_efficiency": round(self._efficiency(data, part), 4)}
+            found |= {f"{part}_{name}": count for name, count in counts.items()}
+        return found
 
-    def _rows(self, rows: list[Row], config: DataConfig) -> RowDataset:
-        documents = build_documents(rows, self.tokenizer, config)
-        if config.packing == "bfd":
-            return RowDataset(documents, pack(documents.lengths, config.seq_len))
-        return RowDataset(documents, [[i] for i in range(len(documents))])
+    def fingerprint(self) -> str:
+        """Tells these data from others, whatever they are called and wherever they are."""
+        assert self.train_data is not None, "setup() comes first"
+        assert self.val_data is not None
+        return digest(self.train_data.fingerprint(), self.val_data.fingerprint())
 
-    def _loader(self, data: RowDataset, *, shuffle: bool, repeat: bool) -> DataLoader[Batch]:
+    def _efficiency(self, data: RowDataset, part: str) -> float:
+        lengths = data.lengths
+        if self.config.packing != "none":
+            return float(lengths.sum() / (len(lengths) * self.config.seq_len))
+        # as wide as the longest of a batch, and every rank's batch as its first rank's, nearly
+        sampler = self._sampler(data, part == "train")
+        batches = [lengths[b] for b in BatchSampler(sampler, self.config.batch_size)]
+        return sum(int(b.sum()) for b in batches) / sum(len(b) * int(b.max()) for b in batches)
+
+    def _sampler(self, data: RowDataset | BlockDataset, training: bool) -> ShardedSampler:
         # a strategy with tensor parallelism counts its data-parallel ranks here
         ranks = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
-        sampler = ShardedSampler(
+        grouped = training and self.config.length_grouped
+        return ShardedSampler(
             len(data),
             seed=self.seed,
             rank=ranks.get("rank", 0),
             world=ranks.get("num_replicas", 1),
-            shuffle=shuffle,
-            repeat=repeat,
+            shuffle=training and self.config.shuffle,
+            repeat=training,
+            lengths=data.lengths if grouped and isinstance(data, RowDataset) else None,
+            batch_size=self.config.batch_size,
         )
+
+    def _loader(
+        self, data: RowDataset | BlockDataset, *, training: bool, start: tuple[int, int] = (0, 0)
+    ) -> RowLoader | BlockLoader:
         config = self.config
-        return DataLoader(
+        sampler = self._sampler(data, training)
+        collator = Collator(
+            pad_id(self.tokenizer),
+            config.padding_side,
+            config.seq_len if config.packing != "none" else None,
+        )
+        options: dict[str, Any] = {
+            "num_workers": config.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            # a loader without one draws from the generator that dropout draws from
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
+        if not isinstance(data, RowDataset):
+            return BlockLoader(
+                data,
+                sampler,
+                collator,
+                batch_size=config.batch_size,
+                start=start,
+                **options,
+            )
+        return RowLoader(
             data,
-            batch_size=config.batch_size,
-            sampler=sampler,
-            collate_fn=Collator(
-                pad_id(self.tokenizer),
-                config.padding_side,
-                config.seq_len if config.packing == "bfd" else None,
-            ),
-            num_workers=config.num_workers,
+            batch_sampler=BatchSampler(sampler, config.batch_size, start),
+            collate_fn=collator,
             persistent_workers=config.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            **options,
         )

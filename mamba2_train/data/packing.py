@@ -1,25 +1,46 @@
 """Rows of a batch: which documents share one, and what it looks like to the model.
 
-Best fit decreasing: documents from the longest to the shortest, each into the fullest row that
-still has room for it (Johnson et al. 1974, at most 11/9 of the fewest rows possible). Documents
-stay whole, and `seq_idx` keeps their states apart.
+    bfd      best fit decreasing: documents from the longest to the shortest, each into the fullest
+             row that still has room for it (Johnson et al. 1974, at most 11/9 of the fewest rows
+             possible); documents stay whole
+    split    bfd, then the emptiest rows are taken apart and their documents cut into the room that
+             the others have left
+    wrapped  the documents end to end, cut every seq_len tokens; only the last row has padding
+    none     one document to a row
+
+`seq_idx` keeps the documents of a row apart. A piece of a cut document is a document of its own:
+it starts from a fresh state, and nothing predicts its first token.
 """
 
+import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mamba2_train.data.cache import digest
 from mamba2_train.data.documents import Documents
 
 IGNORED = -100
 PADDING = -1  # in seq_idx
 EMPTY = -1  # index of a row without documents, which evens out the ranks
+MIN_PIECE = 8  # tokens; a shorter piece costs more predictions than the room is worth
 
 Batch = dict[str, Tensor]
+
+
+def arrange(documents: Documents, seq_len: int, packing: str) -> "RowDataset":
+    """`documents`, none of which need fit `seq_len` when `wrapped`, as rows of that length."""
+    if packing == "wrapped":
+        return _wrapped(documents, seq_len)
+    if packing == "none":
+        return RowDataset(documents, [[i] for i in range(len(documents))])
+    rows = pack(documents.lengths, seq_len)
+    return _filled(documents, rows, seq_len) if packing == "split" else RowDataset(documents, rows)
 
 
 def pack(lengths: Sequence[int] | NDArray[np.int64], seq_len: int) -> list[list[int]]:
@@ -59,6 +80,23 @@ class RowDataset(torch.utils.data.Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Real tokens of each row."""
+        documents = self.documents.lengths
+        return np.array([documents[members].sum() for members in self.rows], dtype=np.int64)
+
+    @property
+    def counts(self) -> dict[str, int | float]:
+        """Of the documents, and how many rows they make."""
+        per_row = round(len(self.documents) / len(self), 2)
+        return {**self.documents.counts, "rows": len(self), "documents_per_row": per_row}
+
+    def fingerprint(self) -> str:
+        """Of every token, what is learned of it, and where documents end."""
+        d = self.documents
+        return digest(*(np.ascontiguousarray(a).data for a in (d.tokens, d.learned, d.bounds)))
+
     def __getitem__(self, index: int) -> Batch:
         members = [] if index == EMPTY else self.rows[index]
         d = self.documents
@@ -92,6 +130,52 @@ class Collator:
                 target[start : start + len(row[name])] = row[name]
             batch[name] = out
         return batch
+
+
+def _wrapped(documents: Documents, seq_len: int) -> RowDataset:
+    bounds = np.union1d(documents.bounds, np.arange(0, len(documents.tokens), seq_len))
+    row_of = bounds[:-1] // seq_len
+    rows = np.split(np.arange(len(row_of)), np.flatnonzero(np.diff(row_of)) + 1)
+    # of no documents, as in a block where nothing is learned, numpy makes one empty row
+    return RowDataset(replace(documents, bounds=bounds), [r.tolist() for r in rows if len(r)])
+
+
+def _filled(documents: Documents, rows: list[list[int]], seq_len: int) -> RowDataset:
+    """The fewest rows, or nearly: what exceeds them is cut into the room of the fullest."""
+    lengths = documents.lengths
+    fewest = -(-len(documents.tokens) // seq_len)
+    fullest_first = sorted(rows, key=lambda row: -int(lengths[row].sum()))
+    # spans of tokens, for a piece has no index yet
+    spans = [
+        [(int(documents.bounds[i]), int(documents.bounds[i + 1])) for i in row]
+        for row in fullest_first
+    ]
+    spans, apart = spans[:fewest], spans[fewest:]
+    rooms = [(seq_len - sum(b - a for a, b in row), r) for r, row in enumerate(spans)]
+    rooms = [(-room, r) for room, r in rooms if room >= MIN_PIECE]  # heapq takes the smallest
+    heapq.heapify(rooms)
+    left: list[tuple[int, int]] = []
+    for start, stop in sorted((s for row in apart for s in row), key=lambda s: s[0] - s[1]):
+        while start < stop and rooms:
+            room, r = -rooms[0][0], rooms[0][1]
+            taken = min(room, stop - start)
+            if 0 < stop - start - taken < MIN_PIECE:
+                taken = stop - start - MIN_PIECE
+            if taken < MIN_PIECE and taken < stop - start:
+                break
+            heapq.heappop(rooms)
+            spans[r].append((start, start + taken))
+            start += taken
+            if room - taken >= MIN_PIECE:
+                heapq.heappush(rooms, (taken - room, r))
+        if start < stop:
+            left.append((start, stop))
+    spans += [[left[i] for i in row] for row in pack([b - a for a, b in left], seq_len)]
+    bounds = np.array(sorted({edge for row in spans for span in row for edge in span} | {0}))
+    index = {int(start): i for i, start in enumerate(bounds)}
+    return RowDataset(
+        replace(documents, bounds=bounds), [[index[start] for start, _ in row] for row in spans]
+    )
 
 
 def _joined(parts: list[NDArray[np.generic]]) -> NDArray[np.int64]:

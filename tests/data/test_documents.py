@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mamba2_train.data.config import DataConfig
-from mamba2_train.data.documents import build_documents, hold_out
+from mamba2_train.data.documents import build_documents, load_documents
 from mamba2_train.data.formats import detect
 from mamba2_train.data.sources import Row
 from mamba2_train.errors import UserError
@@ -66,7 +66,13 @@ def test_split_keeps_every_token_in_order(tokenizer):
     assert [t for piece, _ in pieces for t in piece] == ids
     assert all(len(piece) == 16 for piece, _ in pieces[:-1])
     assert docs.lengths.max() <= 16
-    assert docs.counts == {"documents": 2, "tokens": len(docs.tokens), "dropped": 0, "long": 1}
+    assert docs.counts == {
+        "documents": 2,
+        "tokens": len(docs.tokens),
+        "dropped": 0,
+        "skipped": 0,
+        "long": 1,
+    }
 
 
 def test_truncate_keeps_the_beginning(tokenizer):
@@ -98,7 +104,13 @@ def test_prompts_without_completion_or_too_long_to_reach_it_are_dropped(tokenize
         {"prompt": "word " * 40, "completion": " cut away"},
     )
     docs = build(rows, tokenizer, seq_len=16, long_documents="truncate")
-    assert docs.counts == {"documents": 1, "tokens": len(docs.tokens), "dropped": 2, "long": 1}
+    assert docs.counts == {
+        "documents": 1,
+        "tokens": len(docs.tokens),
+        "dropped": 2,
+        "skipped": 0,
+        "long": 1,
+    }
 
 
 def test_more_rows_than_are_tokenized_at_once(tokenizer, monkeypatch):
@@ -163,7 +175,8 @@ def test_columns_are_recognized(columns, settings, found):
         (
             [{"prompt": [{"role": "user"}], "completion": "c"}],
             {},
-            "rows.jsonl, line 1: column 'prompt' holds [{'role': 'user'}] (list); make it a string",
+            "rows.jsonl, line 1: column 'prompt' holds messages and 'completion' 'c' (str); make "
+            "both strings or both lists of messages",
         ),
         (
             [{"text": ""}, {"text": " "}],
@@ -193,7 +206,7 @@ def test_what_cannot_be_learned_is_told(tokenizer, rows, settings, message):
         ({"validation_fraction": 1.0}, "less than 1"),
         ({"seq_len": 1}, "greater than or equal to 2"),
         ({"seqlen": 128}, "Extra inputs are not permitted"),
-        ({"format": "chat"}, "Input should be 'auto', 'text' or 'prompt_completion'"),
+        ({"format": "chat"}, "Input should be 'auto', 'text', 'prompt_completion', 'm"),
     ],
 )
 def test_settings_that_contradict_are_refused(settings, message):
@@ -201,20 +214,51 @@ def test_settings_that_contradict_are_refused(settings, message):
         DataConfig(source="x", **settings)
 
 
-def test_held_out_rows_depend_on_their_text_alone():
-    rows = rows_of(*({"text": f"text {i % 90}", "n": i} for i in range(100)), {"text": " "})
-    config = detect(rows, DataConfig(source="x", validation_fraction=0.1))
-    train, held_out = hold_out(rows, config)
-    assert len(held_out) == 10
-    assert len(train) == 91
-    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    again = hold_out(shuffled, config)[1]
-    assert {r.values["text"] for r in again} == {r.values["text"] for r in held_out}
-    # the text at the boundary may be on both sides, no other
-    assert len({r.values["text"] for r in held_out} & {r.values["text"] for r in train}) <= 1
+def test_few_characters_at_once_change_nothing(tokenizer, monkeypatch):
+    rows = rows_of(*({"text": f"{i} " * i} for i in range(25)), {"text": [1]})[:-1]
+    whole = parts(build(rows, tokenizer))
+    monkeypatch.setattr("mamba2_train.data.documents.CHARACTERS_AT_ONCE", 30)
+    assert parts(build(rows, tokenizer)) == whole
 
 
-def test_one_row_cannot_be_held_out():
-    rows = rows_of({"text": "one"}, {"text": ""})
-    with pytest.raises(UserError, match="1 rows with anything to learn, too few to hold one out"):
-        hold_out(rows, detect(rows, DataConfig(source="x")))
+def test_held_out_rows_depend_on_their_text_alone(tokenizer, jsonl):
+    """Same texts, whatever their order and whatever else is in their rows."""
+    texts = [f"text {i % 90}" for i in range(100)]
+
+    def held_out(order, name):
+        path = jsonl(({"text": texts[i], "n": n} for n, i in enumerate(order)), name)
+        config = DataConfig(source=path, validation_fraction=0.1)
+        return [
+            {tokenizer.decode(tokens) for tokens, _ in parts(docs)}
+            for docs in load_documents(config, tokenizer)
+        ]
+
+    train, val = held_out(range(100), "a.jsonl")
+    assert len(val) == 9  # of 90 different ones
+    assert len(train) == 81
+    assert not train & val
+    assert held_out(np.random.default_rng(0).permutation(100), "b.jsonl") == [train, val]
+
+
+def test_every_document_is_on_one_side(tokenizer, jsonl):
+    """Long ones too, whose pieces stay together."""
+    texts = [f"text {i} " * (1 + i % 7) for i in range(60)]
+    config = DataConfig(
+        source=jsonl({"text": t} for t in texts), seq_len=8, validation_fraction=0.3
+    )
+    sides = load_documents(config, tokenizer)
+    whole = ["".join(tokenizer.decode(docs.tokens)) for docs in sides]
+    for i in range(60):
+        assert sum(f"text {i} " in side for side in whole) == 1
+    assert sides[1].counts["documents"] == 18
+    n_long = sum(len(tokenizer.encode(t)) + 1 > 8 for t in texts)
+    assert sides[0].counts["long"] + sides[1].counts["long"] == n_long
+    for docs in sides:
+        assert docs.lengths.max() <= 8
+        assert docs.counts["tokens"] == len(docs.tokens) == docs.bounds[-1]
+
+
+def test_one_row_cannot_be_held_out(tokenizer, jsonl):
+    path = jsonl([{"text": "one"}, {"text": ""}, {"text": "one"}])
+    with pytest.raises(UserError, match="1 different rows with anything to learn, too few"):
+        load_documents(DataConfig(source=path), tokenizer)

@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from mamba2_train.data.documents import Documents
-from mamba2_train.data.packing import EMPTY, IGNORED, PADDING, Collator, RowDataset, pack
+from mamba2_train.data.packing import (
+    EMPTY,
+    IGNORED,
+    MIN_PIECE,
+    PADDING,
+    Collator,
+    RowDataset,
+    arrange,
+    pack,
+)
 
 
 def documents(lengths, seed=0):
@@ -80,6 +89,58 @@ def test_a_fit_is_the_tightest_one():
 def test_too_long_for_a_row_is_an_internal_error():
     with pytest.raises(AssertionError, match="9 tokens do not fit into 8"):
         pack([9], 8)
+
+
+def pieces(data, docs):
+    """Of each document: what the rows hold of it, as (start, stop), in order; checks each row."""
+    found = {i: [] for i in range(len(docs))}
+    for row in data:
+        ids = row["input_ids"].numpy()
+        for k in range(row["seq_idx"].max() + 1):
+            part = ids[row["seq_idx"].numpy() == k]
+            assert (np.diff(part) == 1).all()  # tokens are numbered
+            i = int(np.searchsorted(docs.bounds, part[0], side="right")) - 1
+            assert part[-1] < docs.bounds[i + 1], "two documents share a seq_idx"
+            found[i].append((int(part[0]), int(part[-1]) + 1))
+        learned = docs.learned[ids]
+        assert torch.equal(row["labels"], row["input_ids"].where(torch.from_numpy(learned), -100))
+    return {i: sorted(parts) for i, parts in found.items()}
+
+
+@pytest.mark.parametrize("seq_len", [2, 17, 128])
+@pytest.mark.parametrize("packing", ["split", "wrapped"])
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_cut_documents_are_whole_together(kind, packing, seq_len):
+    docs = documents(LENGTHS[kind](np.random.default_rng(seq_len), seq_len))
+    data = arrange(docs, seq_len, packing)
+    total = len(docs.tokens)
+    for i, parts in pieces(data, docs).items():
+        edges = [parts[0][0], *(stop for _, stop in parts)]
+        assert edges == [docs.bounds[i], *(start for start, _ in parts[1:]), docs.bounds[i + 1]]
+        if packing == "split" and len(parts) > 1:
+            assert min(stop - start for start, stop in parts) >= MIN_PIECE
+    widths = [len(row["input_ids"]) for row in data]
+    assert max(widths) <= seq_len
+    assert widths == data.lengths.tolist()
+    if packing == "wrapped":
+        assert widths[:-1] == [seq_len] * (total // seq_len - (total % seq_len == 0))
+        assert [int(t) for row in data for t in row["input_ids"]] == list(range(total))
+    else:
+        assert len(data) <= len(pack(docs.lengths, seq_len))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_splitting_fills_rows_that_whole_documents_cannot(seed):
+    # two of these never share a row, so packed whole they fill little more than a half
+    lengths = np.random.default_rng(seed).integers(70, 90, 500)
+    whole = pack(lengths, 128)
+    assert lengths.sum() / (len(whole) * 128) < 0.7
+    docs = documents(lengths)
+    data = arrange(docs, 128, "split")
+    assert lengths.sum() / (len(data) * 128) > 0.99
+    # only the documents of the rows that were taken apart are cut
+    n_cut = sum(len(parts) > 1 for parts in pieces(data, docs).values())
+    assert n_cut <= len(whole) - math.ceil(lengths.sum() / 128)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -1,8 +1,11 @@
+import bz2
 import csv
 import gzip
+import logging
 import os
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -198,7 +201,8 @@ def test_a_missing_file_names_the_nearest_one(tmp_path):
         (
             "a.jsonl",
             '{"text": "café"}'.encode("latin-1"),
-            "{path} is not UTF-8 (byte 0xe9): convert it, for instance with `iconv -t utf-8`",
+            "{path}, line 1 is not UTF-8 (byte 0xe9): convert it, for instance with `iconv -t "
+            "utf-8`",
         ),
         (
             "a.parquet",
@@ -227,7 +231,8 @@ def test_a_folder_without_data_is_told(tmp_path):
 
 def test_splits_that_do_not_exist_are_told(tmp_path):
     plain = write(tmp_path / "plain.jsonl", ROWS)
-    assert "has no split 'train', for it has none at all" in error(plain, split="train")
+    assert len(load(plain, split="train")[0]) == 3
+    assert "has no split 'test', for it has none at all" in error(plain, split="test")
     rows = [{"text": "a", "split": "first"}, {"text": "b", "split": "second"}]
     path = write(tmp_path / "rows.jsonl", rows)
     assert error(path) == (
@@ -237,28 +242,30 @@ def test_splits_that_do_not_exist_are_told(tmp_path):
     assert error(path, split="frist") == (
         f"{path} has no split 'frist'. Did you mean 'first'? It has: first, second"
     )
-    assert "are both 'first'" in error(path, split="first", validation_split="first")
+    shared = error(path, split="first", validation_split="first+second[:1]")
+    assert (
+        "data.split is 'first' and data.validation_split 'first+second[:1]': they share" in shared
+    )
+    assert "holds no rows in first[1:]" in error(path, split="first[1:]")
+    assert "'first[' is no selection of rows" in error(path, split="first[")
 
 
 def test_the_hub_is_asked_through_datasets(monkeypatch):
     asked = []
 
-    def names(path, config):
+    def load_dataset(path, config):
         asked.append((path, config))
-        return ["train", "test"]
+        return {
+            split: datasets.Dataset.from_list([{"text": f"{split} {i}"} for i in range(20)])
+            for split in ("train", "test")
+        }
 
-    def load_dataset(path, config, split):
-        asked.append((path, config, split))
-        return [{"text": f"of {split}"}]
-
-    monkeypatch.setattr("datasets.get_dataset_split_names", names)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    train, held_out = load("someone/quotes:small", split="train[:10%]", limit_rows=5)
-    assert texts(train) == ["of train[:10%]"]
-    assert texts(held_out) == ["of test"]
-    assert train[0].place == "someone/quotes:small[train[:10%]], row 1"
-    hub = "someone/quotes"
-    assert asked == [(hub, "small"), (hub, "small", "train[:10%]"), (hub, "small", "test")]
+    train, held_out = load("someone/quotes:small", split="train[10%:50%]", limit_rows=5)
+    assert texts(train) == [f"train {i}" for i in range(2, 7)]
+    assert texts(held_out) == [f"test {i}" for i in range(5)]
+    assert train[0].place == "someone/quotes:small[train], row 3"
+    assert asked == [("someone/quotes", "small")]
 
 
 def test_a_hub_that_cannot_be_reached_is_told():
@@ -271,5 +278,154 @@ def test_what_is_on_disk_goes_before_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "data/quotes/a.jsonl", ROWS)
     assert len(load("data/quotes")[0]) == 3
-    assert open_source("data/quotes").names == []
+    assert open_source("data/quotes", DataConfig(source="data/quotes")).names == []
     assert error("data/qoutes") == "data/qoutes does not exist. Did you mean 'quotes'?"
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", range(101)),
+        ("train[:10%]", range(10)),
+        ("train[:500]", range(101)),
+        ("train[10%:20%]", range(10, 20)),
+        ("train[-5:]", range(96, 101)),
+        ("train[50%:]", range(50, 101)),
+        ("train[99%:]+train[:2]", [100, 0, 1]),
+    ],
+)
+def test_split_expressions_mean_what_they_mean_to_datasets(tmp_path, split, expected):
+    rows = [{"text": str(i)} for i in range(101)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    found = texts(load(path, split=split)[0])
+    assert found == [str(i) for i in expected]
+    theirs = datasets.load_dataset(
+        "json", data_files=path, split=split, cache_dir=str(tmp_path / "datasets")
+    )
+    assert found == theirs["text"][:]
+
+
+def test_split_expressions_over_named_splits(tmp_path):
+    write(tmp_path / "train/b.jsonl", [{"text": f"b{i}"} for i in range(4)])
+    write(tmp_path / "train/a.csv", [{"text": f"a{i}"} for i in range(4)])
+    write(tmp_path / "test.parquet", [{"text": f"t{i}"} for i in range(4)])
+    train, held_out = load(tmp_path, split="train[3:6]+test[:1]", validation_split="test[50%:]")
+    assert texts(train) == ["a3", "b0", "b1", "t0"]
+    assert texts(held_out) == ["t2", "t3"]
+    # test is trained on, so it is not held out by itself
+    assert load(tmp_path, split="train+test")[1] is None
+
+
+def test_splits_of_one_file_may_not_share_rows(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": str(i)} for i in range(20)])
+    message = error(path, validation_split="train[:10%]")
+    assert "they share rows" in message
+    assert "train[:95%] and train[95%:]" in message
+    train, held_out = load(path, split="train[10%:]", validation_split="train[:10%]")
+    assert texts(held_out) == ["0", "1"]
+    assert texts(train) == [str(i) for i in range(2, 20)]
+
+
+def test_any_stretch_of_rows_is_read_by_itself(tmp_path):
+    write(tmp_path / "a.jsonl", [{"text": f"a{i}"} for i in range(7)])
+    write(tmp_path / "b.tsv", [{"text": f"b{i}\n{i}"} for i in range(5)])
+    pa.parquet.write_table(
+        pa.Table.from_pylist([{"text": f"c{i}"} for i in range(11)]),
+        tmp_path / "c.parquet",
+        row_group_size=4,
+    )
+    write(tmp_path / "d.json", [{"text": f"d{i}"} for i in range(3)])
+    rows = load(tmp_path)[0]
+    whole = texts(rows)
+    assert len(rows) == len(whole) == 26
+    for start in range(26):
+        assert rows[start].values["text"] == whole[start]
+        for stop in range(start, 28):
+            assert texts(rows[start:stop]) == whole[start:stop]
+            assert texts(rows[start:][: stop - start]) == whole[start:stop]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2"])
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet"])
+def test_packed_files_hold_the_same_rows(tmp_path, kind, suffix):
+    plain = Path(write(tmp_path / f"rows{kind}", ROWS)).read_bytes()
+    packed = tmp_path / f"packed{kind}{suffix}"
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": _zstd}[suffix]
+    packed.write_bytes(pack(plain))
+    rows = load(packed)[0]
+    assert [row.values for row in rows] == ROWS
+    assert rows[0].file == str(packed)
+    packed.write_bytes(pack(plain)[:-9])
+    assert error(packed).startswith(f"{packed} cannot be unpacked (")
+
+
+def _zstd(raw: bytes) -> bytes:
+    return pa.compress(raw, codec="zstd", asbytes=True)
+
+
+def test_lines_of_a_text_file_are_rows_when_that_is_asked(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n\r\n  two\nthree")
+    rows = load(path, text_unit="line")[0]
+    assert texts(rows) == ["one", "  two", "three"]
+    assert rows[1].place == f"{path}, line 3"
+
+
+BAD = [
+    (
+        "a.jsonl",
+        b'{"text": "1"}\n{"text": \n{"text": "2"}\n[3]\n{"text": "\xff"}\n'
+        b'{"text": "\\ud83d"}\n{"text": "\\ud83d\\ude00"}\n',
+        ["1", "2", "\U0001f600"],
+        4,
+    ),
+    ("a.json", b'[{"text": "1"}, 2, {"text": "\\udead"}, {"text": "4"}]', ["1", "4"], 2),
+    ("a.csv", b'text,n\n1,1\n2\n3,3,3\n"4\n4",4\n"5"x,5\n\xe9,6\n7,7\n', ["1", "4\n4", "7"], 4),
+    ("a.tsv", b"text\tn\n1\t1\n2\n3\t3\n", ["1", "3"], 1),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "kept", "n_skipped"), BAD)
+def test_bad_rows_are_skipped_and_counted_when_that_is_asked(
+    tmp_path, caplog, name, content, kept, n_skipped
+):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError):
+        load(path)
+    with caplog.at_level(logging.WARNING, "mamba2_train"):
+        rows = load(path, on_bad_row="skip")[0]
+    assert texts(rows) == kept
+    assert rows.skipped == n_skipped
+    assert f"skipped {n_skipped} rows that cannot be read; the first: {path}, " in caplog.text
+
+
+def test_half_a_character_is_told(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
+    assert error(path) == (
+        f"{path}, line 2 has '\\ud83d', half of a character: escape both halves or none"
+    )
+
+
+def test_a_quote_that_is_never_closed_is_no_row_to_skip(tmp_path):
+    """For the rest of the file is lost in it."""
+    path = tmp_path / "a.csv"
+    path.write_text('text\nfine\n"never closed\nfine\n')
+    assert "line 3 is not CSV" in error(path, on_bad_row="skip")
+
+
+def test_lines_are_counted_through_quotes_and_blank_ones(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('text\n"one\n\ntwo"\n\nthree\n')
+    rows = load(path)[0]
+    assert [row.number for row in rows] == [2, 6]
+
+
+def test_parquet_that_is_cut_is_told(tmp_path):
+    path = Path(write(tmp_path / "a.parquet", [{"text": "word " * i} for i in range(2000)]))
+    raw = bytearray(path.read_bytes())
+    raw[4:2000] = bytes(1996)  # the pages, not the footer
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match="is not Parquet"):
+        list(load(path)[0])

@@ -1,3 +1,4 @@
+import copy
 import json
 import random
 import shutil
@@ -5,13 +6,13 @@ import shutil
 import pytest
 
 from mamba2_train.assets import FOLDER
-from mamba2_train.data.tokenizer import load_tokenizer, pad_id, save_tokenizer
+from mamba2_train.data.tokenizer import check_template, load_tokenizer, pad_id, save_tokenizer
 from mamba2_train.errors import UserError
 
 TINY = FOLDER / "tiny_base"
 
 
-def copy(tmp_path, **changes):
+def copied(tmp_path, **changes):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | changes
@@ -53,7 +54,7 @@ def test_saved_beside_the_weights_it_is_the_same(tokenizer, tmp_path):
 
 
 def test_padding_falls_back_on_eos(tmp_path):
-    assert pad_id(load_tokenizer(copy(tmp_path, pad_token=None))) == 0
+    assert pad_id(load_tokenizer(copied(tmp_path, pad_token=None))) == 0
 
 
 def test_a_model_may_have_more_rows_than_tokens():
@@ -75,7 +76,7 @@ def test_more_tokens_than_the_model_has_is_told():
 
 
 def test_no_eos_is_told(tmp_path):
-    folder = copy(tmp_path, eos_token=None)
+    folder = copied(tmp_path, eos_token=None)
     assert error(folder) == (
         f"the tokenizer of {folder} has no eos token, so a document could not end: set "
         '"eos_token" in its tokenizer_config.json'
@@ -86,14 +87,29 @@ def test_no_eos_is_told(tmp_path):
 
 def test_no_tokenizer_is_told(tmp_path):
     assert error(tmp_path) == (
-        f"{tmp_path} holds no tokenizer.json: copy the tokenizer's files there, or set "
-        "model.tokenizer to a folder or hub id that has them"
+        f"{tmp_path} holds no tokenizer.json and no SentencePiece model: copy the tokenizer's "
+        "files there, or set model.tokenizer to a folder or hub id that has them"
     )
-    (tmp_path / "tokenizer.model.v3").write_bytes(b"")
-    assert "has a SentencePiece model but no tokenizer.json" in error(tmp_path)
-    folder = copy(tmp_path)
+    folder = copied(tmp_path)
     (folder / "tokenizer.json").write_text("{}")
     assert f"the tokenizer in {folder} cannot be read" in error(folder)
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token", "unk_token"])
+def test_a_template_that_writes_a_token_which_is_not_there(tokenizer, name):
+    template = "{{ messages[0]['content'] + " + name + " }}"
+    lacking = copy.copy(tokenizer)
+    setattr(lacking, name, None)
+    with pytest.raises(UserError) as caught:
+        check_template(template, lacking)
+    assert str(caught.value) == (
+        f"the chat template writes {name}, and the tokenizer has none: set "
+        f'"{name}" in its tokenizer_config.json, or use another template'
+    )
+    check_template("{% if " + name + " is defined %}" + template + "{% endif %}", lacking)
+    check_template("{{ messages[0]['content'] }}", lacking)
+    setattr(lacking, name, "the")
+    check_template(template, lacking)
 
 
 def test_a_hub_that_cannot_be_reached_is_told():

@@ -48,6 +48,7 @@ def main() -> None:
         model,
         OptimizerConfig(kind="adamw", lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1),
         SchedulerConfig(kind="constant", warmup_fraction=0.0, min_lr_fraction=1.0),
+        total_steps=STEPS,
     )
     trainer = L.Trainer(
         accelerator="cpu",

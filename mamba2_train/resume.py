@@ -1,0 +1,244 @@
+"""Which run a run continues, from which checkpoint, and whether it may.
+
+resume=auto    the newest checkpoint in run_dir, or in the newest run of this name
+resume=PATH    that checkpoint, or the newest of that run; the run goes on in run_dir
+"""
+
+import json
+import logging
+import shutil
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import nn
+
+from mamba2_train.errors import UserError
+from mamba2_train.saving import CHECKPOINTS, RUN, step_of
+from mamba2_train.schema import TrainConfig
+from mamba2_train.tracking import CSV_FOLDER, agreed, run_stamp
+
+logger = logging.getLogger(__name__)
+
+START = "start.json"  # in the run folder: what was measured and sampled before the first step
+
+# What may differ between the two parts of a run: everything else changes the numbers. Model and
+# data may have moved; what they hold is compared by checksum.
+FREE = (
+    *("name", "run_dir", "debug", "resume", "logger", "callbacks"),
+    *("strategy.kind", "strategy.devices", "strategy.num_nodes"),  # the ranks are counted
+    *("trainer.max_epochs", "trainer.max_steps", "trainer.validate_every"),
+    *("trainer.log_every", "trainer.progress_bar", "model.checkpointing"),
+    *("model.source", "model.revision", "model.tokenizer", "model.preset"),
+    *("data.source", "data.validation_source", "data.chat_template", "data.num_workers"),
+    *("data.preview", "data.on_bad_row"),  # what was read so far was good, or is left out still
+)
+SOURCES = ("source", "validation_source")
+
+
+class Resumed(NamedTuple):
+    """The checkpoint that a run goes on from."""
+
+    checkpoint: Path
+    run: dict[str, Any]  # as `identity` made it
+    csv_rows: int
+
+    @property
+    def folder(self) -> Path:
+        """Of the run that wrote it."""
+        return self.checkpoint.parent.parent
+
+    @property
+    def step(self) -> int:
+        return step_of(self.checkpoint)
+
+
+def locate(config: TrainConfig) -> tuple[TrainConfig, Resumed | None]:
+    """The checkpoint to go on from, if any, and the config with the folder that the run owns.
+
+    Raises:
+        UserError: there is nothing at the path given; the folder holds another run, or a later
+            state of this one; or a setting differs that changes the numbers.
+    """
+    found = agreed("resume", lambda: str(_find(config) or ""))
+    if not found:
+        if config.resume is not None:
+            logger.info("resume=%s: no checkpoint to go on from, starting afresh", config.resume)
+        return config, None
+    path = Path(found)
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = next(s for s in saved["callbacks"].values() if "csv_rows" in s)
+    resumed = Resumed(path, saved[RUN], state["csv_rows"])
+    if config.resume == "auto":
+        config = config.model_copy(update={"run_dir": resumed.folder})
+    check_config(resumed, config)
+    logger.info("going on after step %d, from %s", resumed.step, path)
+    return config, resumed
+
+
+def identity(
+    config: TrainConfig, model: nn.Module, data: str, world: int, resumed: Resumed | None
+) -> dict[str, Any]:
+    """What a checkpoint belongs to; raises a UserError if that is not what `resumed` goes on with.
+
+    Args:
+        data: fingerprint of the data; world: number of ranks.
+    """
+    now = {
+        "config": config.model_dump(mode="json"),
+        "model": _fingerprint(model),
+        "data": data,
+        "world": world,
+    }
+    if resumed is not None:
+        cures = {
+            "model": f"model.source={config.model.source} does not hold the weights that it "
+            "adapted: give the model that the run began with",
+            "data": f"data.source: {config.data.title} is not what it was trained on: give the "
+            "data and the tokenizer that the run began with",
+            "world": f"it had {resumed.run['world']} ranks and this run has {world}, which would "
+            "train on other batches: start as many",
+        }
+        for key, cure in cures.items():
+            if resumed.run[key] != now[key]:
+                raise UserError(f"cannot resume {resumed.checkpoint}: {cure}, or set resume=null")
+    return now
+
+
+def check_config(resumed: Resumed, config: TrainConfig) -> None:
+    """Raise a UserError that names the settings which differ and change the numbers."""
+    then, now = _flat(resumed.run["config"]), _flat(config.model_dump(mode="json"))
+    changed = [
+        f"{key} was {then[key]} and is {now.get(key)}"
+        for key in then
+        if now.get(key) != then[key] and not any(f"{key}.".startswith(f"{f}.") for f in FREE)
+    ]
+    if changed:
+        raise UserError(
+            f"cannot resume {resumed.checkpoint}: {'; '.join(changed)}; set what it was, or "
+            "resume=null to start afresh"
+        )
+    for key in ("trainer.max_epochs", "trainer.max_steps"):
+        if then[key] != now[key]:
+            logger.info(
+                "%s was %s and is %s: the learning rate follows the new length",
+                *(key, then[key], now[key]),
+            )
+
+
+def inherit(resumed: Resumed, run_dir: Path) -> None:
+    """Take over what the run noted before its first step, and its curves, into another folder."""
+    for name in (START, f"{CSV_FOLDER}/metrics.csv"):
+        old, new = resumed.folder / name, run_dir / name
+        if old.is_file() and not new.exists():
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(old, new)
+
+
+def read_start(run_dir: Path) -> dict[str, Any]:
+    """What the first process of the run noted; empty if nothing that can be read."""
+    try:
+        return dict(json.loads((run_dir / START).read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether the disk gives back what was written: every part has its checksum."""
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, NotImplementedError):
+        return False
+
+
+def _find(config: TrainConfig) -> Path | None:
+    if config.resume is None:
+        there = _checkpoints(config.run_dir)
+        if there:
+            raise UserError(
+                f"{config.run_dir} holds a run, at step {step_of(there[-1])}: resume=auto goes on "
+                "with it; or set another run_dir"
+            )
+        return None
+    if config.resume == "auto":
+        folder: Path | None = config.run_dir
+        if config.run_dir.name == run_stamp() and not _checkpoints(config.run_dir):
+            folder = _newest_run(config.run_dir.parent, config.name)
+        return _newest_whole(folder) if folder is not None else None
+
+    given = Path(config.resume)
+    if given.is_dir():
+        chosen = _newest_whole(given)
+        if chosen is None:
+            raise UserError(f"resume={given}: there is no checkpoint in {given / CHECKPOINTS}")
+    elif not given.is_file():
+        raise UserError(f"resume={given}: there is no such file; give auto, a checkpoint or a run")
+    elif not is_whole(given) or not _is_ours(given):
+        raise UserError(f"resume={given}: it is damaged or no checkpoint of mamba2-train")
+    else:
+        chosen = given.resolve()
+    later = [p for p in _checkpoints(config.run_dir) if step_of(p) > step_of(chosen)]
+    if later:
+        raise UserError(
+            f"{config.run_dir} holds a later state, step {step_of(later[-1])}: resume=auto goes "
+            "on with it; or set another run_dir"
+        )
+    return chosen
+
+
+def _newest_run(folder: Path, name: str) -> Path | None:
+    """Of the runs in `folder` called `name`, the one that was started last."""
+    started = {}
+    for config in folder.glob("*/config.yaml"):
+        try:
+            values = yaml.safe_load(config.read_text())
+        except (OSError, yaml.YAMLError):
+            continue
+        if isinstance(values, dict) and values.get("name") == name:
+            started[config.parent] = config.stat().st_mtime_ns
+    return max(started, key=lambda run: (started[run], run.name), default=None)
+
+
+def _newest_whole(run: Path) -> Path | None:
+    for path in reversed(_checkpoints(run)):
+        if is_whole(path) and _is_ours(path):
+            return path
+        logger.warning("%s is damaged: trying the one before it", path)
+    return None
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return RUN in torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # whatever torch makes of what is no checkpoint
+        return False
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return sorted((run.resolve() / CHECKPOINTS).glob("step-*.ckpt"))
+
+
+def _fingerprint(model: nn.Module) -> int:
+    """Checksum of every parameter's name, shape and dtype, and of the values that are not trained:
+    the others are in the checkpoint."""
+    checksum = 0
+    for name, p in model.named_parameters():
+        checksum = zlib.crc32(f"{name} {tuple(p.shape)} {p.dtype}".encode(), checksum)
+        if not p.requires_grad:
+            raw = p.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            checksum = zlib.crc32(raw.numpy().data, checksum)
+    return checksum
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if key == "sources" and value:  # free to move, as data.source is
+            value = [{k: v for k, v in one.items() if k not in SOURCES} for one in value]
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return flat

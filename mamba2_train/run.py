@@ -1,0 +1,264 @@
+"""One run, told from its announcement to its summary."""
+
+import json
+import math
+import shlex
+import signal
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.trainer.states import TrainerStatus
+from peft import PeftModel
+from rich.table import Table
+
+from mamba2_train.adapters import save_adapter
+from mamba2_train.checkpoint import save_pretrained
+from mamba2_train.commands import console
+from mamba2_train.data.datamodule import TextDataModule
+from mamba2_train.data.tokenizer import save_tokenizer
+from mamba2_train.generation import generate
+from mamba2_train.model import Mamba2LM
+from mamba2_train.module import Mamba2Module
+from mamba2_train.report import write_report
+from mamba2_train.resume import START, Resumed, inherit, read_start
+from mamba2_train.saving import CHECKPOINTS, Checkpoints, Stopped
+from mamba2_train.schema import SamplesConfig, TrainConfig
+from mamba2_train.tracking import (
+    CSV_FOLDER,
+    continue_metrics,
+    environment,
+    wandb_id,
+    write_json,
+)
+
+
+class Run:
+    """One run, told from its announcement to its summary; only rank 0 speaks and writes."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        trainer: L.Trainer,
+        module: Mamba2Module,
+        data: TextDataModule,
+        tokenizer: Any,
+        adapter: PeftModel | None,
+        saver: Checkpoints,
+        started: datetime,
+        resumed: Resumed | None,
+    ) -> None:
+        self.config, self.trainer, self.module = config, trainer, module
+        self.data, self.tokenizer, self.adapter = data, tokenizer, adapter
+        self.saver, self.resumed = saver, resumed
+        self.folder = config.run_dir
+        parameters = list(module.model.parameters())
+        self.result: dict[str, Any] = {
+            "name": config.name,
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "started": started.isoformat(timespec="seconds"),
+            "model": {
+                "source": config.model.source or config.model.preset,
+                "parameters": sum(p.numel() for p in parameters),
+                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            },
+            "data": data.counts(),
+            "versions": environment(),
+        }
+        if resumed is not None:
+            self.result["resumed"] = resumed.step
+        if trainer.is_global_zero:
+            if resumed is not None:
+                inherit(resumed, self.folder)
+                continue_metrics(self.folder, trainer.loggers[0], resumed.csv_rows)
+            settings = config.model_dump(mode="json")
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+
+    def announce(self) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        model, data = self.result["model"], self.result["data"]
+        adapter = self.config.adapter
+        how = "in full" if adapter.kind == "full" else "LoRA on " + ", ".join(adapter.target_names)
+        console.print(
+            f"[bold]{model['source']}[/]  {model['parameters']:,} parameters, "
+            f"{model['trainable']:,} trained ({how})",
+            soft_wrap=True,
+        )
+        if self.data.streamed:
+            what = (
+                f"{data['train_source_rows']:,} rows, streamed in {data['train_blocks']:,} blocks"
+            )
+        else:
+            what = (
+                f"{data['train_documents']:,} documents, {data['train_tokens']:,} tokens, "
+                f"{data['train_documents_per_row']:.3g} to a row, "
+                f"{data['train_packing_efficiency']:.1%} of it filled"
+            )
+        console.print(
+            f"[bold]{self.config.data.title}[/]  {what}; held out {data['val_documents']:,}",
+            soft_wrap=True,
+        )
+        console.print(f"[dim]{self.folder}[/]")
+
+    def evaluate_base(self) -> None:
+        """The held-out loss and the samples that training is to improve; of the first process of
+        the run, and kept for those that go on with it."""
+        start = read_start(self.folder) if self.resumed is not None else {}
+        # of rank 0: another may see the folder late
+        start = self.trainer.strategy.broadcast(start)
+        if not {"started", "base", "before"} <= set(start):
+            start = {
+                "started": self.result["started"],
+                "base": self._evaluate(),
+                "before": self._samples(),
+                "prompts": self.config.callbacks.samples.prompts,
+                "wandb": wandb_id(self.trainer.loggers),
+            }
+            if self.trainer.is_global_zero:
+                write_json(self.folder / START, start)
+        self.result |= {"started": start["started"], "base": start["base"]}
+        known = dict(zip(start["prompts"], start["before"], strict=True))
+        self.before = [known.get(p, "") for p in self.config.callbacks.samples.prompts]
+
+    def fit(self) -> None:
+        """Train; after Ctrl-C, what was learned is still written."""
+        checkpoint = self.resumed.checkpoint if self.resumed is not None else None
+        try:
+            self.trainer.fit(
+                self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True
+            )
+        except Stopped as stopped:
+            if stopped.number == signal.SIGTERM:
+                self._leave()
+        except SystemExit:  # Lightning's answer to a second Ctrl-C
+            if self.trainer.state.status != TrainerStatus.INTERRUPTED:
+                raise
+        finished = self.trainer.state.status == TrainerStatus.FINISHED
+        self.result["status"] = "finished" if finished else "interrupted"
+
+    def conclude(self) -> None:
+        """Take the best weights by val/loss, write what was made, report, and say what is next."""
+        final = self._take_best()
+        samples = [
+            {"prompt": p, "before": b, "after": a}
+            for p, b, a in zip(
+                self.config.callbacks.samples.prompts, self.before, self._samples(), strict=True
+            )
+        ]
+        if not self.trainer.is_global_zero:
+            return
+        kind = "model" if self.adapter is None else "adapter"
+        target = self.folder / kind
+        if self.adapter is None:
+            special = ("bos", "eos", "pad")
+            ids = {name: getattr(self.tokenizer, f"{name}_token_id") for name in special}
+            save_pretrained(self.module.model, target, token_ids=ids)
+        else:
+            save_adapter(self.adapter, target, base=_base_name(self.config))
+        save_tokenizer(self.tokenizer, target)
+        prompt = next(iter(self.config.callbacks.samples.prompts), "")
+        self.result |= {
+            "final": final,
+            "seconds": round(self.saver.seconds, 1),
+            "steps": self.trainer.global_step,
+            "device": self.module.device.type,
+            "outputs": {
+                kind: kind,
+                "checkpoints": CHECKPOINTS,
+                "metrics": f"{CSV_FOLDER}/metrics.csv",
+            },
+            "next": shlex.join(["mamba2-generate", f"checkpoint={target}", f"prompt={prompt}"]),
+        }
+        write_json(self.folder / "result.json", self.result)
+        lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
+        (self.folder / "samples.jsonl").write_text(lines)
+        report = write_report(self.folder)
+        self._print_summary(samples, target, report)
+
+    def _evaluate(self) -> dict[str, float]:
+        metrics = self.trainer.validate(self.module, datamodule=self.data, verbose=False)[0]
+        return {k: float(v) for k, v in metrics.items() if k.startswith("val/")}
+
+    def _samples(self) -> list[str]:
+        """Continuations of the prompts, with a seed of their own: before and after differ by the
+        weights alone."""
+        settings = self.config.callbacks.samples
+        if not self.trainer.is_global_zero or not settings.prompts:
+            return [""] * len(settings.prompts)
+        return continuations(self.module.model, self.tokenizer, settings, seed=self.config.seed)
+
+    def _take_best(self) -> dict[str, float]:
+        """Leave the best weights in the model; returns their held-out loss and perplexity."""
+        scores = self.saver.scores
+        now = scores.get(self.trainer.global_step)
+        if now is None:
+            now = self._evaluate()["val/loss"]
+        best = self.trainer.strategy.broadcast(self.saver.best_step)
+        if best is not None and not now <= scores[best]:  # nan neither
+            path = self.saver.path(best)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            self.module.load_state_dict(checkpoint["state_dict"], strict=False)
+            self.result["best_step"] = best
+            now = scores[best]
+        return {"val/loss": now, "val/perplexity": math.exp(now)}
+
+    def _leave(self) -> None:
+        """The machine is wanted back: all that matters is on the disk."""
+        if self.trainer.is_global_zero:
+            console.print(
+                f"stopped by SIGTERM; saved at step {self.saver.at.step}, resume=auto goes on"
+            )
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+        # what a shell and a scheduler expect of it: 0 would say that the run is finished
+        sys.exit(128 + signal.SIGTERM)
+
+    def _print_summary(self, samples: list[dict[str, str]], target: Path, report: Path) -> None:
+        base, final = self.result["base"], self.result["final"]
+        change = final["val/perplexity"] / base["val/perplexity"] - 1
+        console.print(
+            f"\nheld-out perplexity  [bold]{base['val/perplexity']:.2f} -> "
+            f"{final['val/perplexity']:.2f}[/]  ({change:+.0%})  after {self.result['steps']} "
+            f"steps, {self.result['seconds']:.0f} s\n"
+        )
+        table = Table("prompt", "before", "after", box=None, padding=(0, 2, 1, 0))
+        for s in samples:
+            table.add_row(s["prompt"], f"[dim]{_plain(s['before'])}[/]", _plain(s["after"]))
+        console.print(table)
+        for label, path in ((target.name, target), ("report", report)):
+            console.print(f"{label:10}{path}")
+        console.print(f"{'next':10}{self.result['next']}", soft_wrap=True)
+
+
+def continuations(model: Mamba2LM, tokenizer: Any, settings: SamplesConfig, seed: int) -> list[str]:
+    texts = []
+    model.eval()
+    for i, prompt in enumerate(settings.prompts):
+        ids = torch.tensor([tokenizer.encode(prompt)], device=model.lm_head.weight.device)
+        out = generate(
+            model,
+            ids,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            eos_token_id=tokenizer.eos_token_id,
+            seed=seed + i,
+        )
+        texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    model.train()
+    return texts
+
+
+def _base_name(config: TrainConfig) -> str:
+    source = config.model.source or ""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("[", r"\[")

@@ -1,0 +1,123 @@
+"""The installed `mamba2-train`, with a fault put into it: run by tests/test_resume.py.
+
+    python faulty_train.py FAULT COMMAND ARGUMENTS...
+
+FAULT is PLACE:N, where the process kills itself with SIGKILL when it comes to PLACE for the N-th
+time, or PLACE:N:SIGNAL to be sent that signal there; or `none`. `FAULT+forget_rng` and
+`FAULT+forget_position` break the restoring of those.
+
+    python faulty_train.py serve
+
+does so for each request on standard input, in a new process forked from one that has imported
+everything: most of a short run is imports.
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from mamba2_train import saving
+from mamba2_train.data import loaders
+from mamba2_train.module import Mamba2Module
+
+
+def strike_before(owner, name, countdown, number):
+    """Replace `owner.name` by one that gives the signal at its call number `countdown`."""
+    original = getattr(owner, name)
+
+    def struck(*args, **kwargs):
+        nonlocal countdown
+        countdown -= 1
+        if countdown == 0 and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, struck)
+
+
+class HalfWritten:
+    """A file that goes on strike in the middle of what torch writes into it."""
+
+    def __init__(self, file, n_bytes):
+        self.file, self.left = file, n_bytes
+
+    def write(self, data):
+        self.left -= len(data)
+        if self.left < 0:
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def tear_save(n):
+    """Die in the N-th save, when a part of it has been written."""
+    original = torch.save
+
+    def torn(value, file):
+        nonlocal n
+        n -= 1
+        original(value, HalfWritten(file, 20_000) if n == 0 else file)
+
+    saving.torch.save = torn
+
+
+def main():
+    fault, *options = sys.argv[1].split("+")
+    if "forget_rng" in options:
+        saving.set_rng_state = lambda *_: None
+    if "forget_position" in options:
+        loaders.BatchSampler.__init__.__defaults__ = ((0, 0),)
+        original = loaders.BatchSampler.__init__
+        loaders.BatchSampler.__init__ = lambda self, s, n, start=None: original(self, s, n)
+    if fault != "none":
+        place, n, *name = fault.split(":")
+        number = getattr(signal, name[0]) if name else signal.SIGKILL
+        if place == "save":
+            tear_save(int(n))
+        else:
+            owner, method = {
+                "batch": (Mamba2Module, "training_step"),
+                "backward": (Mamba2Module, "backward"),
+                "update": (Mamba2Module, "on_before_optimizer_step"),
+                "updated": (Mamba2Module, "lr_scheduler_step"),
+                "validation": (Mamba2Module, "validation_step"),
+                "saving": (saving.WholeOrNot, "save_checkpoint"),
+                "rename": (saving.os, "fsync"),
+                "prune": (saving.Path, "unlink"),
+            }[place]
+            strike_before(owner, method, int(n), number)
+    sys.argv = sys.argv[2:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def serve():
+    import mamba2_train.commands.train  # noqa: F401  what takes seconds
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if os.fork() == 0:
+            child = os.fork()
+            if child == 0:
+                os.chdir(request["folder"])
+                for number, name in enumerate(("out", "err"), 1):
+                    os.dup2(os.open(request[name], os.O_CREAT | os.O_WRONLY), number)
+                sys.argv = [__file__, *request["arguments"]]
+                return main()
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            temporary = Path(request["done"] + ".tmp")
+            temporary.write_text(str(code))
+            temporary.rename(request["done"])
+            os._exit(0)
+    return None
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1] == "serve" else main()
