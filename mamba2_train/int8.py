@@ -26,12 +26,10 @@ class Int8Linear(Linear8bitLt):
         super().__init__(d_in, d_out, bias=bias, has_fp16_weights=False)
         self.compute_dtype = compute_dtype
 
-    def set_weight(self, weight: Tensor, device: torch.device | str) -> None:
-        """Quantize `weight` (d_out, d_in), which is on the CPU, on `device`."""
-        stored: Any = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-        self.weight = stored.to(device)
-        self.weight.CB = None  # the weight itself, which a move to a GPU would leave behind
-        self.state.SCB = self.weight.SCB
+    def set_weight(self, codes: Tensor, scales: Tensor) -> None:
+        """Take what `quantize_int8` returned."""
+        self.weight = Int8Params(codes, requires_grad=False, SCB=scales)
+        self.state.SCB = scales
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         assert self.state.SCB is not None

@@ -21,7 +21,7 @@ Quantization = Literal["nf4", "fp4", "int8"]
 KINDS: tuple[Quantization, ...] = ("nf4", "fp4", "int8")
 PROJECTIONS = ("in_proj", "out_proj")
 BLOCK = 64  # weights that share a scale in 4 bits
-AT_ONCE = 4096 * BLOCK  # weights quantized in one go
+AT_ONCE = 1024 * BLOCK  # weights quantized in one go
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,7 +89,8 @@ def quantize(
 
         with torch.device("meta"):
             new = Int8Linear(d_in, d_out, bias=bias, compute_dtype=dtype)
-        new.set_weight(weight, device or "cpu")
+        codes, scales = quantize_int8(weight, device=device)
+        new.set_weight(codes, scales)
         model.is_loaded_in_8bit = True  # type: ignore[assignment]  # what peft decides by
     else:
         with torch.device("meta"):
@@ -143,6 +144,22 @@ def quantize_4bit(
         offset=offset,
         state2=of_scales,
     )
+
+
+def quantize_int8(weight: Tensor, *, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' int8_vectorwise_quant, bit by bit, in little memory.
+
+    Returns:
+        (d_out, d_in) int8, and the largest absolute value of each row, (d_out,) float32.
+    """
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=device)
+    n_rows = max(1, AT_ONCE // weight.shape[1])
+    for begin in range(0, len(weight), n_rows):
+        rows = weight[begin : begin + n_rows].to(codes.device, torch.float16).contiguous()
+        part, of_rows, _ = bitsandbytes().functional.int8_vectorwise_quant(rows)
+        codes[begin : begin + n_rows], scales[begin : begin + n_rows] = part, of_rows
+    return codes, scales
 
 
 @torch.no_grad()
