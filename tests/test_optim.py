@@ -181,7 +181,7 @@ def test_muon_is_for_matrices_between_features():
     for name in ("embeddings", "norm"):
         torch.testing.assert_close(getattr(model, name).double(), adamw(name), rtol=1e-5, atol=1e-6)
     ours, truth = moved(model.matrix, "matrix"), moved(muon("matrix"), "matrix")
-    assert torch.cosine_similarity(ours.flatten(), truth.flatten(), 0) > 0.95
+    assert torch.cosine_similarity(ours.flatten(), truth.flatten(), 0) > 0.99
     assert 0.7 < ours.norm() / truth.norm() < 1.3
     other = moved(adamw("matrix"), "matrix")  # the comparison tells them apart
     assert torch.cosine_similarity(ours.flatten(), other.flatten(), 0) < 0.92
@@ -190,11 +190,11 @@ def test_muon_is_for_matrices_between_features():
 @pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw_8bit"])
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_eight_bits_follow_adamw(kind):
-    """20 steps: within 5% of the way; a small vector, in 32 bits, to rounding."""
+    """20 steps: within 3% of the way; a small vector, in 32 bits, to rounding."""
     model, _ = trained(kind, steps=20)
     for name in ("matrix", "embeddings"):
         ours, truth = moved(getattr(model, name), name), moved(adamw(name, 20), name)
-        assert 1e-4 < (ours - truth).norm() / truth.norm() < 0.05
+        assert 1e-4 < (ours - truth).norm() / truth.norm() < 0.03
     torch.testing.assert_close(model.norm.double(), adamw("norm", 20), rtol=1e-5, atol=1e-5)
     large = build_optimizer(matrix := nn.Linear(1024, 1024, bias=False), settings(kind))
     matrix.weight.grad = torch.ones_like(matrix.weight)
