@@ -1,6 +1,7 @@
 """Checkpoints in and out: Hugging Face's, state-spaces' and Mistral's layouts (`layouts.py`).
 
-Reading maps the files and builds the model on the meta device, so that memory peaks at one model.
+Reading maps the files and fills a model on the meta device, file by file, so that memory peaks at
+the model, quantized if that was asked for, and one file.
 Writing goes to a new folder that then takes the old one's place, so that a crash or a full disk
 leaves what was there.
 """
@@ -39,6 +40,7 @@ from mamba2_train.layouts import (
     their_name,
 )
 from mamba2_train.model import Mamba2Config, Mamba2LM
+from mamba2_train.quantization import Quantization, is_quantized, quantize
 
 # what a save takes out of an existing checkpoint; all other files stay
 _REPLACED = (
@@ -65,10 +67,12 @@ def load_pretrained(
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    quantization: Quantization | None = None,
 ) -> Mamba2LM:
     """Read a model in any of the three layouts.
 
-    Memory peaks at one model: files are mapped, and each tensor is copied once, to where it goes.
+    Files are mapped, and each tensor is copied (or quantized) once, to where it goes; a file's
+    memory is given back before the next one is touched.
 
     Args:
         path_or_id: a folder, or a model on the Hugging Face hub (`owner/name`), of which only the
@@ -77,6 +81,8 @@ def load_pretrained(
         dtype: of the weights, norms included; None keeps what is stored. A_log, D and dt_bias are
             never narrower than float32, whatever is asked for or stored.
         device: where the weights go; None is the CPU.
+        quantization: of in_proj and out_proj, "nf4", "fp4" or "int8", from the weights as stored;
+            the model computes in `dtype` and they are frozen.
 
     Raises:
         UserError: nothing there, a model that is not Mamba2, or weights that do not fit its config.
@@ -96,9 +102,12 @@ def load_pretrained(
             f"the same model"
         )
     weights = {}
-    for name in expected:
+    for name in list(stored):  # file by file
         tensor = stored.pop(name)
         wanted = dtype or tensor.dtype
+        if quantization is not None and is_quantized(name):
+            quantize(model, name, tensor, quantization, dtype=wanted, device=device)
+            continue
         if name.rpartition(".")[2] in _FLOAT32:
             wanted = torch.promote_types(wanted, torch.float32)
         # a copy even where nothing changes: aligned, and independent of the file

@@ -2,27 +2,113 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from mamba2_train.schema import OptimizerConfig, SchedulerConfig
+from mamba2_train.quantization import bitsandbytes
+from mamba2_train.schema import AdamWConfig, MuonConfig, OptimizerConfig, SchedulerConfig
+
+Parameters = list[tuple[str, nn.Parameter]]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over what is trainable; A_log, D, dt_bias, norms and biases do not decay.
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of what is trainable, which is on its device by now."""
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if isinstance(config, MuonConfig):
+        return MuonWithAdamW(trainable, config)
+    groups = _groups(trainable, config.weight_decay)
+    if not isinstance(config, AdamWConfig):
+        from transformers.optimization import Adafactor  # transformers takes seconds to import
+
+        return Adafactor(
+            groups,
+            lr=config.lr,
+            clip_threshold=config.clip_threshold,
+            scale_parameter=False,
+            relative_step=False,
+            warmup_init=False,
+        )
+    betas = config.betas
+    if config.kind == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=betas, eps=config.eps, **_fastest(trainable)
+        )
+    kinds = bitsandbytes().optim
+    kind = {"adamw_8bit": kinds.AdamW8bit, "paged_adamw_8bit": kinds.PagedAdamW8bit}[config.kind]
+    return kind(groups, lr=config.lr, betas=betas, eps=config.eps)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the matrices between features; AdamW for all that is none, or that maps tokens.
+
+    Two of torch's optimizers that share one state and one list of groups, so that a schedule and a
+    checkpoint see an optimizer like any other.
+    """
+
+    def __init__(self, trainable: Parameters, config: MuonConfig) -> None:
+        def is_matrix(name: str, p: nn.Parameter) -> bool:
+            return p.dim() == 2 and "embeddings" not in name and "lm_head" not in name
+
+        matrices = [(name, p) for name, p in trainable if is_matrix(name, p)]
+        rest = [(name, p) for name, p in trainable if not is_matrix(name, p)]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            muon = torch.optim.Muon(
+                _groups(matrices, config.weight_decay),
+                lr=config.lr,
+                momentum=config.momentum,
+                adjust_lr_fn="match_rms_adamw",  # so that one learning rate suits both
+            )
+            self.parts.append(muon)
+        if rest:
+            groups = _groups(rest, config.weight_decay)
+            adamw = torch.optim.AdamW(
+                groups, lr=config.lr, betas=config.betas, eps=config.eps, **_fastest(rest)
+            )
+            self.parts.append(adamw)
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What loading a state ends with: the groups are new ones then."""
+        super().__setstate__(state)
+        if hasattr(self, "parts"):
+            self._share()
+
+    def _share(self) -> None:
+        begin = 0
+        for part in self.parts:
+            end = begin + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[begin:end], self.state
+            begin = end
+
+
+def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]:
+    """With and without decay: A_log, D, dt_bias, norms and biases have none.
 
     These are the parameters with a single dimension: pulling a decay rate or a norm's scale
     towards zero is not regularisation.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for _, p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for _, p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps
-    )
+    return [group for group in groups if group["params"]]
+
+
+def _fastest(parameters: Parameters) -> dict[str, bool]:
+    """One kernel for a step, where torch has one for the device; else one per operation."""
+    fused = all(p.device.type in ("cpu", "cuda") for _, p in parameters)
+    return {"fused": True} if fused else {"foreach": True}
 
 
 def lr_factor(config: SchedulerConfig, total_steps: int) -> Callable[[int], float]:

@@ -223,13 +223,14 @@ def _checkpoints(run: Path) -> list[Path]:
 
 
 def _fingerprint(model: nn.Module) -> int:
-    """Checksum of every parameter's name, shape and dtype, and of the values that are not trained:
-    the others are in the checkpoint."""
+    """Checksum of every tensor's name, shape and dtype, the scales of quantized weights among them,
+    and of the values that are not trained: the others are in the checkpoint."""
     checksum = 0
-    for name, p in model.named_parameters():
-        checksum = zlib.crc32(f"{name} {tuple(p.shape)} {p.dtype}".encode(), checksum)
-        if not p.requires_grad:
-            raw = p.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, tensor in model.state_dict().items():
+        checksum = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), checksum)
+        if name not in trained:
+            raw = tensor.data.cpu().contiguous().view(-1).view(torch.uint8)
             checksum = zlib.crc32(raw.numpy().data, checksum)
     return checksum
 

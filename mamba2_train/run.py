@@ -24,6 +24,7 @@ from mamba2_train.data.tokenizer import save_tokenizer
 from mamba2_train.generation import generate
 from mamba2_train.model import Mamba2LM
 from mamba2_train.module import Mamba2Module
+from mamba2_train.quantization import count_parameters
 from mamba2_train.report import write_report
 from mamba2_train.resume import START, Resumed, inherit, read_start
 from mamba2_train.saving import CHECKPOINTS, Checkpoints, Stopped
@@ -63,7 +64,7 @@ class Run:
             "started": started.isoformat(timespec="seconds"),
             "model": {
                 "source": config.model.source or config.model.preset,
-                "parameters": sum(p.numel() for p in parameters),
+                "parameters": count_parameters(module.model),
                 "trainable": sum(p.numel() for p in parameters if p.requires_grad),
             },
             "data": data.counts(),
@@ -84,6 +85,8 @@ class Run:
         model, data = self.result["model"], self.result["data"]
         adapter = self.config.adapter
         how = "in full" if adapter.kind == "full" else "LoRA on " + ", ".join(adapter.target_names)
+        if (stored := self.config.quantization.stored) is not None:
+            how += f", over {stored}"
         console.print(
             f"[bold]{model['source']}[/]  {model['parameters']:,} parameters, "
             f"{model['trainable']:,} trained ({how})",
@@ -174,6 +177,8 @@ class Run:
             },
             "next": shlex.join(["mamba2-generate", f"checkpoint={target}", f"prompt={prompt}"]),
         }
+        if (stored := self.config.quantization.stored) is not None:
+            self.result["next"] += f" quantization={stored}"
         write_json(self.folder / "result.json", self.result)
         lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
         (self.folder / "samples.jsonl").write_text(lines)

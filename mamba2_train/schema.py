@@ -6,7 +6,7 @@ description; `configs/` holds the defaults.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -24,6 +24,7 @@ from pydantic import (
 from mamba2_train.data.config import DataConfig
 from mamba2_train.errors import UserError, nearest
 from mamba2_train.model import PRESETS, Checkpointing
+from mamba2_train.quantization import Quantization, bitsandbytes
 
 LORA_TARGETS = ("in_proj", "out_proj", "embeddings", "lm_head")
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -100,14 +101,51 @@ class FullConfig(Group):
     kind: Literal["full"]
 
 
-class OptimizerConfig(Group):
-    """AdamW. Decay leaves out A_log, D, dt_bias, norms and biases."""
+class QuantizationConfig(Group):
+    """How in_proj and out_proj are stored, frozen under adapters."""
 
-    kind: Literal["adamw"]
+    kind: Literal["none", Quantization]
+
+    @property
+    def stored(self) -> Quantization | None:
+        return None if self.kind == "none" else self.kind
+
+
+class AdamWConfig(Group):
+    """AdamW. Decay leaves out A_log, D, dt_bias, norms and biases, as with all the others."""
+
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
     lr: PositiveFloat
     betas: tuple[Fraction, Fraction]
     eps: PositiveFloat
     weight_decay: NonNegativeFloat
+
+    @property
+    def needs_bitsandbytes(self) -> bool:
+        return self.kind != "adamw"
+
+
+class AdafactorConfig(Group):
+    """Adafactor at the schedule's rates, not at its own relative ones."""
+
+    kind: Literal["adafactor"]
+    lr: PositiveFloat
+    clip_threshold: PositiveFloat = Field(description="largest root mean square of an update")
+    weight_decay: NonNegativeFloat
+
+
+class MuonConfig(Group):
+    """Muon for matrices, scaled to AdamW's steps, so that one rate fits both."""
+
+    kind: Literal["muon"]
+    lr: PositiveFloat
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(description="of the matrices")
+    betas: tuple[Fraction, Fraction] = Field(description="of the rest")
+    eps: PositiveFloat = Field(description="of the rest")
+    weight_decay: NonNegativeFloat
+
+
+OptimizerConfig = AdamWConfig | AdafactorConfig | MuonConfig
 
 
 class SchedulerConfig(Group):
@@ -135,6 +173,11 @@ class StrategyConfig(Group):
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: PositiveInt | Literal["auto"] = "auto"
     num_nodes: PositiveInt = 1
+
+    @property
+    def shards(self) -> bool:
+        """Whether a parameter is spread over the ranks."""
+        return self.kind not in ("auto", "single", "ddp")
 
 
 class PrecisionConfig(Group):
@@ -211,7 +254,8 @@ class TrainConfig(Group):
     model: ModelConfig
     adapter: Annotated[LoraConfig | FullConfig, Field(discriminator="kind")]
     data: DataConfig
-    optimizer: OptimizerConfig
+    quantization: QuantizationConfig
+    optimizer: Annotated[OptimizerConfig, Field(discriminator="kind")]
     scheduler: SchedulerConfig
     strategy: StrategyConfig
     precision: PrecisionConfig
@@ -226,6 +270,16 @@ class TrainConfig(Group):
                 "adapter=full trains the weights themselves, and in bfloat16 small updates are "
                 "lost: use precision=bf16-mixed, or adapter=lora"
             )
+        if self.quantization.stored is not None:
+            self._check_quantization()
+        if isinstance(self.optimizer, AdamWConfig) and self.optimizer.needs_bitsandbytes:
+            if self.strategy.shards:
+                raise ValueError(
+                    f"optimizer={self.optimizer.kind} cannot keep its state of sharded "
+                    f"parameters, as strategy={self.strategy.kind} has: use optimizer=adamw, whose "
+                    "state is sharded, or strategy=ddp"
+                )
+            bitsandbytes()
         if self.adapter.kind == "lora" and self.model.source is None:
             raise ValueError(
                 "adapter=lora needs weights to adapt: set model.source or adapter=full"
@@ -240,11 +294,30 @@ class TrainConfig(Group):
             )
         return self
 
+    def _check_quantization(self) -> None:
+        chosen = f"quantization={self.quantization.kind}"
+        if self.adapter.kind == "full":
+            raise ValueError(
+                f"{chosen} freezes the weights, and adapter=full trains them: use adapter=lora, or "
+                "quantization=none"
+            )
+        if self.precision.autocast is not None:
+            raise ValueError(
+                f"{chosen} computes in one dtype: use precision=bf16 or precision=fp32, not mixed"
+            )
+        if self.quantization.kind == "int8" and self.strategy.shards:
+            raise ValueError(
+                f"{chosen} cannot be sharded, as strategy={self.strategy.kind} does: use "
+                "quantization=nf4, or strategy=ddp"
+            )
+        bitsandbytes()
+
 
 class GenerateConfig(Group):
     """A run of `mamba2-generate`."""
 
     checkpoint: str = Field(description="'embedded', a folder, a hub id, an adapter or a run")
+    quantization: QuantizationConfig
     prompt: str
     max_new_tokens: PositiveInt
     temperature: NonNegativeFloat
@@ -252,6 +325,12 @@ class GenerateConfig(Group):
     top_p: Annotated[float, Field(gt=0, le=1)]
     seed: NonNegativeInt
     debug: bool
+
+    @model_validator(mode="after")
+    def _usable(self) -> "GenerateConfig":
+        if self.quantization.stored is not None:
+            bitsandbytes()
+        return self
 
 
 def validated(schema: type[Group], values: dict[str, Any]) -> Any:
@@ -270,11 +349,10 @@ def validated(schema: type[Group], values: dict[str, Any]) -> Any:
 
 def _fault(schema: type[BaseModel], error: Any) -> tuple[str, str]:
     """Where, as the user writes it, and what."""
-    path = [str(p) for p in error["loc"] if isinstance(p, int) or _is_key(p)]
+    path, known = _walk(schema, error["loc"])
     where = ".".join(path) or "config"
     if error["type"] == "extra_forbidden":
-        known = _fields(schema, path[:-1])
-        return where, f"unknown key.{nearest(path[-1], known)} Known: {', '.join(sorted(known))}"
+        return where, f"unknown key.{nearest(path[-1], known)} Known: {', '.join(known)}"
     if error["type"] == "missing":
         return where, "needs a value"
     if error["type"] == "value_error":
@@ -282,14 +360,27 @@ def _fault(schema: type[BaseModel], error: Any) -> tuple[str, str]:
     return where, f"{error['msg']} (got {error['input']!r})"
 
 
-def _is_key(part: str) -> bool:
-    """Not so: a union's tag or one of its types, which pydantic puts into the path."""
-    return part.isidentifier() and part not in ("lora", "full", "int", "float", "str")
+def _walk(schema: type[BaseModel], loc: tuple[str | int, ...]) -> tuple[list[str], list[str]]:
+    """The keys in `loc`, without what pydantic puts between them to tell the members of a union
+    apart, and the keys that exist where the last one stands."""
+    path: list[str] = []
+    groups: list[Any] = [schema]  # that the keys so far may lead to
+    beside = groups
+    for part in loc:
+        chosen = [group for group in groups if part in _kinds(group)]
+        if chosen:
+            groups = chosen
+        elif isinstance(part, int) or (part.isidentifier() and part not in ("int", "float", "str")):
+            path.append(str(part))
+            beside, groups = groups, [inner for group in groups for inner in _inside(group, part)]
+    return path, sorted({name for group in beside for name in group.model_fields})
 
 
-def _fields(schema: type[BaseModel], path: list[str]) -> list[str]:
-    for key in path:
-        annotation: Any = schema.model_fields[key].annotation
-        choices = getattr(annotation, "__args__", (annotation,))
-        schema = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(schema.model_fields)
+def _kinds(group: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(group.model_fields["kind"].annotation) if "kind" in group.model_fields else ()
+
+
+def _inside(group: type[BaseModel], key: str | int) -> list[type[BaseModel]]:
+    annotation = group.model_fields[key].annotation if key in group.model_fields else None
+    members = get_args(annotation) or (annotation,)
+    return [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]

@@ -96,6 +96,9 @@ def test_the_next_command_it_names_works(finished):
     assert text.stdout.startswith("Love is")
     base = run("mamba2-generate", *arguments[1:], "max_new_tokens=8", cwd=folder)
     assert base.stdout.startswith("Love is")
+    small = run("mamba2-generate", *arguments, "quantization=nf4", "max_new_tokens=8", cwd=folder)
+    assert (small.returncode, small.stderr) == (0, "")
+    assert small.stdout.startswith("Love is")
 
 
 def test_the_same_seed_gives_the_same_bits(finished):

@@ -1,5 +1,6 @@
 """Every config and recipe composes; every misspelling is caught with its path and the cure."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 
 from mamba2_train.commands import _quoted, extend_hydra
 from mamba2_train.errors import UserError
-from mamba2_train.schema import GenerateConfig, TrainConfig, validated
+from mamba2_train.schema import GenerateConfig, StrategyConfig, TrainConfig, validated
 
 ROOT = Path(__file__).parent.parent
 GROUPS = sorted(p.relative_to(ROOT / "configs") for p in (ROOT / "configs").glob("*/*.yaml"))
@@ -110,11 +111,48 @@ def test_every_field_of_ours_can_be_overridden():
             ["data.length_grouped=true", "data.packing=none", "data.streaming=true"],
             "data: length_grouped needs all lengths",
         ),
+        (["quantization=nf4", "adapter=full"], "adapter=full trains them: use adapter=lora"),
+        (["quantization=int8", "precision=bf16-mixed"], "use precision=bf16 or precision=fp32"),
+        (["quantization.kind=nf5"], r"^quantization.kind: .*'nf4', 'fp4' or 'int8' \(got 'nf5'\)"),
+        (["optimizer.kind=adam"], "^optimizer: .*'adam'.*'adamw_8bit'"),
+        (
+            ["optimizer=adafactor", "+optimizer.betas=[0.9,0.9]"],
+            r"^optimizer.betas: unknown key. Known: clip_threshold, kind, lr, weight_decay",
+        ),
+        (["optimizer=muon", "optimizer.momentum=1"], "^optimizer.momentum: .*less than 1"),
     ],
 )
 def test_faults_carry_path_value_and_cure(overrides, message):
     with pytest.raises(UserError, match=message):
         config(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["quantization=int8"], "int8 cannot be sharded.*use quantization=nf4, or strategy=ddp"),
+        (["optimizer=adamw_8bit"], "8bit cannot keep its state of sharded.*use optimizer=adamw"),
+        (["optimizer=paged_adamw_8bit"], "8bit cannot keep its state of sharded"),
+        (["quantization=nf4", "optimizer=muon"], None),
+    ],
+)
+def test_what_cannot_be_sharded(overrides, message):
+    """By a strategy that is none of those which keep every parameter whole."""
+    sharded = StrategyConfig.model_construct(kind="fsdp")
+    run = config(*overrides).model_copy(update={"strategy": sharded})
+    if message is None:
+        run._across_groups()
+    else:
+        with pytest.raises(ValueError, match=message):
+            run._across_groups()
+
+
+@pytest.mark.parametrize("choice", ["quantization=nf4", "optimizer=adamw_8bit"])
+def test_without_bitsandbytes(monkeypatch, choice):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"pip install 'bitsandbytes.*quantization=none"):
+        config(choice)
+    config()
 
 
 @pytest.mark.parametrize(

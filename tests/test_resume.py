@@ -281,6 +281,29 @@ def test_a_streamed_file_that_was_edited_is_refused(folder, stream, server):
     assert "copy.jsonl is not what it was trained on" in said
 
 
+CHOICES = [
+    ("quantization=nf4", "optimizer=adamw_8bit"),
+    ("quantization=int8", "optimizer=muon", "precision=bf16"),
+    ("quantization=fp4", "optimizer=adafactor"),
+    ("quantization=nf4", "optimizer=paged_adamw_8bit", "model.checkpointing=selective"),
+]
+
+
+@pytest.mark.parametrize(
+    "choice", [CHOICES[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CHOICES[1:])], ids=str
+)
+def test_quantized_bases_and_other_optimizers(folder, server, choice):
+    """Killed in a window's second batch; the base is quantized anew."""
+    name = re.sub(r"\W", "_", "".join(choice))
+    finish(folder, *choice, f"run_dir={name}", server=server)
+    code, said = launch(folder, "batch:12", *choice, f"run_dir={name}_parts", server=server)
+    assert code == -signal.SIGKILL, said
+    finish(folder, *choice, f"run_dir={name}_parts", "resume=auto", server=server)
+    assert_same_bits(folder / f"{name}_parts", folder / name)
+    weights = torch.load(folder / name / LAST, weights_only=True)["state_dict"]
+    assert all("lora_" in key for key in weights)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_two_ranks(folder, stream, streamed):

@@ -2,6 +2,7 @@
 
 mamba2-generate prompt="Love is"
 mamba2-generate checkpoint=runs/quotes/2026-01-01_12-00-00 prompt="Love is" temperature=0.9
+mamba2-generate checkpoint=... quantization=nf4 prompt="Love is"
 """
 
 import json
@@ -20,12 +21,13 @@ from mamba2_train.data.tokenizer import load_tokenizer
 from mamba2_train.errors import UserError
 from mamba2_train.generation import generate
 from mamba2_train.model import Mamba2LM
+from mamba2_train.quantization import Quantization
 from mamba2_train.schema import GenerateConfig
 
 
 @command(GenerateConfig, "generate", free_text=("prompt",))
 def main(config: GenerateConfig) -> None:
-    model, tokenizer = load_for_generation(config.checkpoint)
+    model, tokenizer = load_for_generation(config.checkpoint, config.quantization.stored)
     ids = tokenizer.encode(config.prompt) or [tokenizer.bos_token_id or tokenizer.eos_token_id]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).eval()
@@ -45,7 +47,9 @@ def main(config: GenerateConfig) -> None:
     print()
 
 
-def load_for_generation(source: str) -> tuple[Mamba2LM, Any]:
+def load_for_generation(
+    source: str, quantization: Quantization | None = None
+) -> tuple[Mamba2LM, Any]:
     """Model and tokenizer of a checkpoint, an adapter (with its base) or a run's folder."""
     folder = Path(resolve(source))
     for inside in ("adapter", "model"):  # of a run
@@ -53,11 +57,11 @@ def load_for_generation(source: str) -> tuple[Mamba2LM, Any]:
             folder = folder / inside
     if not is_adapter(folder):
         where = str(folder) if folder.exists() else source
-        return load_pretrained(where), load_tokenizer(where)
+        return load_pretrained(where, quantization=quantization), load_tokenizer(where)
     base = json.loads((folder / ADAPTER_FILES[0]).read_text()).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{folder / ADAPTER_FILES[0]} names no base_model_name_or_path; add it")
-    model = load_pretrained(resolve(base))
+    model = load_pretrained(resolve(base), quantization=quantization)
     load_adapter(model, folder)
     return model, load_tokenizer(str(folder))
 

@@ -98,11 +98,22 @@ def build_model(config: TrainConfig) -> Mamba2LM:
             resolve(settings.source),
             revision=settings.revision,
             dtype=DTYPES[config.precision.weights],
+            quantization=config.quantization.stored,
+            device=_quantizing_device(config),
         )
     else:
         model = initialize(Mamba2LM(model_shape(config)), seed=config.seed)
     model.set_checkpointing(settings.checkpointing)
     return model
+
+
+def _quantizing_device(config: TrainConfig) -> str | None:
+    """This process's GPU, which quantizes a 7B model in seconds where a CPU takes minutes; None
+    where there is nothing to quantize: Lightning moves the model."""
+    cuda = torch.cuda.is_available() and config.strategy.accelerator != "cpu"
+    if config.quantization.stored is None or not cuda:
+        return None
+    return f"cuda:{os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or 0}"
 
 
 def adapt(model: Mamba2LM, config: TrainConfig) -> PeftModel | None:
