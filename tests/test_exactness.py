@@ -132,6 +132,7 @@ def trained(model, data, *, accumulate=None, rate=0.0, steps=1):
         model,
         OptimizerConfig(kind="adamw", lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0),
         SchedulerConfig(kind="constant", warmup_fraction=0.0, min_lr_fraction=1.0),
+        total_steps=steps,
     )
     module.rate = rate
     trainer = L.Trainer(
