@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,16 +10,30 @@ from torch import nn
 from mamba2_train.schema import OptimizerConfig, SchedulerConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, lora_plus_ratio: float = 1.0
+) -> torch.optim.AdamW:
     """AdamW over what is trainable; A_log, D, dt_bias, norms and biases do not decay.
 
     These are the parameters with a single dimension: pulling a decay rate or a norm's scale
     towards zero is not regularisation.
+
+    Args:
+        lora_plus_ratio: learning rate of the B of adapted linear layers over that of all else
+            (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    faster = [p for name, p in named if lora_plus_ratio != 1 and ".lora_B." in name]
+    fast = {id(p) for p in faster}
+    trainable = [p for _, p in named if id(p) not in fast]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": faster,
+            "weight_decay": config.weight_decay,
+            "lr": config.lr * lora_plus_ratio,
+        },
     ]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps

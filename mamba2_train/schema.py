@@ -5,11 +5,15 @@ key or a wrong type costs a second and not a queue. Each field's meaning stands 
 description; `configs/` holds the defaults.
 """
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -26,7 +30,35 @@ from mamba2_train.errors import UserError, nearest
 from mamba2_train.model import PRESETS, Checkpointing
 
 LORA_TARGETS = ("in_proj", "out_proj", "embeddings", "lm_head")
+NOT_FOR_LORA = ("conv1d", "dt_bias", "A_log", "D", "norm")
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _expanded(layers: Any) -> list[int]:
+    """[0, "4-6"] -> [0, 4, 5, 6]"""
+    numbers: set[int] = set()
+    for part in layers if isinstance(layers, list) else [layers]:
+        if not re.fullmatch(r"\d+(-\d+)?", str(part)):
+            raise ValueError(f"{part!r} is no block: give numbers and ranges, such as [0, 4-7]")
+        first, _, last = str(part).partition("-")
+        if last and int(last) < int(first):
+            raise ValueError(f"{part} counts down: write {last}-{first}")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    if not numbers:
+        raise ValueError("is empty: name at least one block, or set it to null")
+    return sorted(numbers)
+
+
+def _expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is no regular expression: {error}") from error
+    return pattern
+
+
+Layers = Annotated[list[int], BeforeValidator(_expanded)]
+Pattern = Annotated[str, AfterValidator(_expression)]
 
 
 class Group(BaseModel):
@@ -62,15 +94,42 @@ class ModelConfig(Group):
 
 
 class LoraConfig(Group):
-    """Low-rank adapters: W + alpha / r * B A."""
+    """Low-rank adapters: W + alpha / r * B A.
+
+    A target or the key of a pattern is a name, or a regular expression of how a module's path
+    ends, in whole names: `layers\\.[0-3]\\.mixer\\.in_proj`.
+    """
 
     kind: Literal["lora"]
     r: PositiveInt = Field(description="rank")
     alpha: PositiveFloat = Field(description="the update is scaled by alpha / r")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(r) instead")
-    targets: list[str] | Literal["all-linear"] = Field(
+    dora: bool = Field(default=False, description="train the weights' magnitudes apart (DoRA)")
+    init: Annotated[
+        str, Field(pattern=r"^(default|gaussian|orthogonal|pissa|pissa_niter_\d+|olora)$")
+    ] = Field(
+        default="default",
+        description="pissa, olora: the adapter begins as the main part of the weights; "
+        "pissa_niter_4 finds it much faster, nearly; gaussian, orthogonal: how A is drawn",
+    )
+    targets: list[Pattern] | Literal["all-linear"] = Field(
         description="modules to adapt; all-linear: in_proj and out_proj"
+    )
+    layers: Layers | None = Field(
+        default=None, description="of the blocks, adapt these: [0, 4-7]; null: all"
+    )
+    rank_pattern: dict[Pattern, PositiveInt] | None = Field(
+        default=None, description="r of some modules: {out_proj: 8}; the first that matches counts"
+    )
+    alpha_pattern: dict[Pattern, PositiveFloat] | None = Field(
+        default=None, description="alpha of some modules"
+    )
+    train: list[Literal["conv1d", "dt_bias", "A_log", "D", "norm"]] = Field(
+        default=[], description="trained in full beside LoRA, and saved beside the adapter"
+    )
+    lora_plus_ratio: Annotated[float, Field(ge=1)] = Field(
+        default=1.0, description="learning rate of B over that of A (LoRA+)"
     )
 
     @field_validator("targets")
@@ -79,7 +138,12 @@ class LoraConfig(Group):
         if not targets:
             raise ValueError("is empty: name at least one module, or set adapter=full")
         for target in targets if isinstance(targets, list) else ():
-            if target not in LORA_TARGETS:
+            if target in NOT_FOR_LORA:
+                raise ValueError(
+                    f"'{target}' has no matrix that LoRA could adapt: train it in full with "
+                    f"adapter.train=[{target}]"
+                )
+            if re.fullmatch(r"[\w-]+", target) and target not in LORA_TARGETS:
                 raise ValueError(
                     f"'{target}' is no module to adapt.{nearest(target, LORA_TARGETS)} "
                     f"Known: {', '.join(LORA_TARGETS)}, or all-linear"
@@ -93,11 +157,45 @@ class LoraConfig(Group):
             return ["in_proj", "out_proj"]
         return list(dict.fromkeys(self.targets))
 
+    @property
+    def patterns(self) -> list[str]:
+        return [*(self.rank_pattern or {}), *(self.alpha_pattern or {})]
+
+    @model_validator(mode="after")
+    def _one_variant(self) -> "LoraConfig":
+        if self.dora and self.init.startswith(("pissa", "olora")):
+            raise ValueError(
+                f"init={self.init} cannot be saved with dora=true, whose magnitudes belong to the "
+                "changed base: set dora=false or init=default"
+            )
+        return self
+
+
+class ContinueConfig(Group):
+    """Go on training a saved adapter: its rank, alpha, dropout, targets and what it trains in full
+    are its own."""
+
+    kind: Literal["continue"]
+    source: Path = Field(description="folder of the adapter, or of the run that made it")
+    lora_plus_ratio: Annotated[float, Field(ge=1)] = Field(
+        default=1.0, description="learning rate of B over that of A (LoRA+)"
+    )
+
 
 class FullConfig(Group):
-    """Every parameter is trained."""
+    """Every parameter is trained, but for what is frozen."""
 
     kind: Literal["full"]
+    freeze: list[Pattern] = Field(
+        default=[],
+        description="kinds (embeddings, in_proj, norm, ...), or regular expressions of how the "
+        "path of a parameter or of a module around it ends",
+    )
+    freeze_layers: Layers | None = Field(default=None, description="whole blocks: [0-11]")
+
+    @property
+    def lora_plus_ratio(self) -> float:
+        return 1.0
 
 
 class OptimizerConfig(Group):
@@ -209,7 +307,7 @@ class TrainConfig(Group):
     )
     debug: bool = Field(description="show tracebacks")
     model: ModelConfig
-    adapter: Annotated[LoraConfig | FullConfig, Field(discriminator="kind")]
+    adapter: Annotated[LoraConfig | ContinueConfig | FullConfig, Field(discriminator="kind")]
     data: DataConfig
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
@@ -226,9 +324,10 @@ class TrainConfig(Group):
                 "adapter=full trains the weights themselves, and in bfloat16 small updates are "
                 "lost: use precision=bf16-mixed, or adapter=lora"
             )
-        if self.adapter.kind == "lora" and self.model.source is None:
+        if self.adapter.kind != "full" and self.model.source is None:
             raise ValueError(
-                "adapter=lora needs weights to adapt: set model.source or adapter=full"
+                f"adapter={self.adapter.kind} needs weights to adapt: set model.source or "
+                "adapter=full"
             )
         return self
 
@@ -236,13 +335,27 @@ class TrainConfig(Group):
 class GenerateConfig(Group):
     """A run of `mamba2-generate`."""
 
-    checkpoint: str = Field(description="'embedded', a folder, a hub id, an adapter or a run")
+    checkpoint: str | list[str] = Field(
+        description="'embedded', a folder, a hub id, an adapter or a run; several adapters of one "
+        "base: their sum"
+    )
     prompt: str
     max_new_tokens: PositiveInt
     temperature: NonNegativeFloat
     top_k: PositiveInt | None
     top_p: Annotated[float, Field(gt=0, le=1)]
     seed: NonNegativeInt
+    debug: bool
+
+
+class ExportConfig(Group):
+    """A run of `mamba2-export`."""
+
+    checkpoint: str | list[str] = Field(description="as of mamba2-generate")
+    out: Path = Field(description="folder to write")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        description="of the weights written; null: as they are stored"
+    )
     debug: bool
 
 
@@ -265,7 +378,7 @@ def _fault(schema: type[BaseModel], error: Any) -> tuple[str, str]:
     path = [str(p) for p in error["loc"] if isinstance(p, int) or _is_key(p)]
     where = ".".join(path) or "config"
     if error["type"] == "extra_forbidden":
-        known = _fields(schema, path[:-1])
+        known = _fields(schema, error["loc"][:-1])
         return where, f"unknown key.{nearest(path[-1], known)} Known: {', '.join(sorted(known))}"
     if error["type"] == "missing":
         return where, "needs a value"
@@ -274,14 +387,26 @@ def _fault(schema: type[BaseModel], error: Any) -> tuple[str, str]:
     return where, f"{error['msg']} (got {error['input']!r})"
 
 
+TAGS = ("lora", "continue", "full", "int", "float", "str")
+
+
 def _is_key(part: str) -> bool:
     """Not so: a union's tag or one of its types, which pydantic puts into the path."""
-    return part.isidentifier() and part not in ("lora", "full", "int", "float", "str")
+    return part.isidentifier() and part not in TAGS
 
 
-def _fields(schema: type[BaseModel], path: list[str]) -> list[str]:
-    for key in path:
-        annotation: Any = schema.model_fields[key].annotation
-        choices = getattr(annotation, "__args__", (annotation,))
-        schema = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(schema.model_fields)
+def _fields(schema: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    choices: list[Any] = [schema]
+    for part in path:
+        tagged = [c for c in choices if part in _kinds(c)]
+        if not tagged:
+            annotation: Any = choices[0].model_fields[part].annotation
+            members = getattr(annotation, "__args__", (annotation,))
+            tagged = [c for c in members if isinstance(c, type) and issubclass(c, BaseModel)]
+        choices = tagged
+    return list(choices[0].model_fields)
+
+
+def _kinds(schema: type[BaseModel]) -> tuple[Any, ...]:
+    kind = schema.model_fields.get("kind")
+    return getattr(kind.annotation, "__args__", ()) if kind is not None else ()

@@ -1,0 +1,46 @@
+"""Adapters into the weights below them, exactly.
+
+    W <- W + alpha / r * B A        computed in float32 at least, and rounded once
+
+What has the same values as embeddings and head together is no longer so after one of the two has
+been adapted: a merged model whose adapters touch either is untied.
+"""
+
+import dataclasses
+import warnings
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from mamba2_train.errors import UserError
+from mamba2_train.model import Mamba2LM
+
+
+def merge_adapters(peft_model: PeftModel) -> Mamba2LM:
+    """The model, in place, with every active adapter merged and no trace of peft.
+
+    Raises:
+        UserError: there is nothing to merge, for instance because it has been merged already.
+    """
+    model: Mamba2LM = peft_model.base_model.model
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UserError(
+            "the model carries no adapter: it has been merged already, or never had one"
+        )
+    _untie(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie")
+        peft_model.base_model.merge_and_unload()
+    return model.requires_grad_(False)
+
+
+def _untie(model: Mamba2LM) -> None:
+    head, embeddings = model.lm_head, model.backbone.embeddings
+    adapted = isinstance(head, BaseTunerLayer) or isinstance(embeddings, BaseTunerLayer)
+    if not (model.config.tie_embeddings and adapted):
+        return
+    plain: nn.Linear = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
+    model.config = dataclasses.replace(model.config, tie_embeddings=False)
+    model.backbone.config = model.config
