@@ -37,9 +37,8 @@ from mamba2_train.model import Mamba2LM
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 IN_FULL_FILE = "trained_in_full.safetensors"
 # the parts of a model, in its order
-KINDS = (
-    *("embeddings", "in_proj", "conv1d", "dt_bias", "A_log", "D"),
-    *("norm", "out_proj", "lm_head"),
+KINDS = tuple(
+    ["embeddings", "in_proj", "conv1d", "dt_bias", "A_log", "D", "norm", "out_proj", "lm_head"]
 )
 _INITIAL = "initial_weights"  # on a PeftModel: A and B as PiSSA or OLoRA made them
 
@@ -184,6 +183,7 @@ def save_adapter(
         config, weights = _of_the_original(config, weights, initial)
     config.base_model_name_or_path, config.revision = base, revision
     config.task_type, config.inference_mode = "CAUSAL_LM", True
+    config.target_modules = sorted(config.target_modules)  # a set: the same file each time
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     _write(weights, folder / WEIGHTS_FILE)

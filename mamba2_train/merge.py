@@ -8,11 +8,13 @@ been adapted: a merged model whose adapters touch either is untied.
 
 import dataclasses
 import warnings
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from mamba2_train.adapters import adapted
 from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2LM
 
@@ -23,24 +25,23 @@ def merge_adapters(peft_model: PeftModel) -> Mamba2LM:
     Raises:
         UserError: there is nothing to merge, for instance because it has been merged already.
     """
-    model: Mamba2LM = peft_model.base_model.model
+    model = adapted(peft_model)
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise UserError(
-            "the model carries no adapter: it has been merged already, or never had one"
-        )
+        raise UserError("there is no adapter on the model: it has been merged already")
     _untie(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie")
-        peft_model.base_model.merge_and_unload()
+        tuner: Any = peft_model.base_model
+        tuner.merge_and_unload()
     return model.requires_grad_(False)
 
 
 def _untie(model: Mamba2LM) -> None:
     head, embeddings = model.lm_head, model.backbone.embeddings
-    adapted = isinstance(head, BaseTunerLayer) or isinstance(embeddings, BaseTunerLayer)
-    if not (model.config.tie_embeddings and adapted):
+    touched = isinstance(head, BaseTunerLayer) or isinstance(embeddings, BaseTunerLayer)
+    if not (model.config.tie_embeddings and touched):
         return
-    plain: nn.Linear = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    plain: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
     plain.weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
     model.config = dataclasses.replace(model.config, tie_embeddings=False)
     model.backbone.config = model.config

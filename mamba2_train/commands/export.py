@@ -24,7 +24,8 @@ def main(config: ExportConfig) -> None:
     adapters = find_adapters(config.checkpoint)
     bases = [resolve(read_config(folder).base_model_name_or_path or "") for folder in adapters]
     given = config.checkpoint if isinstance(config.checkpoint, str) else config.checkpoint[0]
-    for folder in (*adapters, *bases, resolve(given)):
+    sources: list[str | Path] = [*adapters, *bases, resolve(given)]
+    for folder in sources:
         if Path(folder).exists() and config.out.resolve() == Path(folder).resolve():
             raise UserError(f"out={config.out} is what the model is made from: choose another")
 

@@ -18,6 +18,7 @@ from mamba2_train.adapters import (
     add_lora,
     find_frozen,
     find_targets,
+    folder_of,
     load_adapter,
     read_config,
 )
@@ -112,7 +113,8 @@ def check_adapter(config: TrainConfig, shape: Mamba2Config) -> None:
     """Names that match nothing in a model of this shape, or an adapter of another base."""
     adapter = config.adapter
     if adapter.kind == "continue":
-        base, own = read_config(adapter.source).base_model_name_or_path, base_name(config)
+        base = read_config(folder_of(adapter.source)).base_model_name_or_path
+        own = base_name(config)
         if base != own:
             raise UserError(
                 f"{adapter.source} was trained on {base}, but model.source is {own}: set "
@@ -135,7 +137,7 @@ def adapt(model: Mamba2LM, config: TrainConfig) -> PeftModel | None:
             parameter.requires_grad_(False)
         return None
     if lora.kind == "continue":
-        return load_adapter(model, lora.source, trainable=True)
+        return load_adapter(model, folder_of(lora.source), trainable=True)
     return add_lora(
         model,
         lora.target_names,
