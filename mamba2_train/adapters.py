@@ -37,8 +37,9 @@ from mamba2_train.model import Mamba2LM
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 IN_FULL_FILE = "trained_in_full.safetensors"
 # the parts of a model, in its order
-KINDS = tuple(
-    ["embeddings", "in_proj", "conv1d", "dt_bias", "A_log", "D", "norm", "out_proj", "lm_head"]
+KINDS = (
+    *("embeddings", "in_proj", "conv1d", "dt_bias", "A_log", "D", "norm", "out_proj"),
+    "lm_head",
 )
 _INITIAL = "initial_weights"  # on a PeftModel: A and B as PiSSA or OLoRA made them
 
