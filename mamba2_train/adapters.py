@@ -204,14 +204,16 @@ def load_adapter(model: Mamba2LM, *folders: str | Path, trainable: bool = False)
         trainable: go on training it, and what was trained in full beside it.
 
     Raises:
-        UserError: no LoRA, keys that are missing or that the model has no place for, or two
-            adapters with parameters trained in full, of which there is no sum.
+        UserError: no LoRA, keys that are missing or that the model has no place for, or several
+            of which there is no sum: of DoRA, or of the same parameter trained in full.
     """
     peft_model: PeftModel | None = None
     names: list[str] = []
     in_full: dict[str, Tensor] = {}
     for i, folder in enumerate(folders):
         config = read_config(folder)
+        if config.use_dora and len(folders) > 1:
+            raise UserError(f"{folder} is DoRA, which scales all of a weight, so it has no sum")
         config.task_type, config.inference_mode = None, not trainable
         names.append("default" if i == 0 else f"adapter_{i}")
         with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten

@@ -10,6 +10,7 @@ import dataclasses
 import warnings
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -29,11 +30,23 @@ def merge_adapters(peft_model: PeftModel) -> Mamba2LM:
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UserError("there is no adapter on the model: it has been merged already")
     _untie(model)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            _merge(module)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tie")
+        warnings.filterwarnings("ignore", message="Already")  # it is, and need only be taken out
         tuner: Any = peft_model.base_model
         tuner.merge_and_unload()
     return model.requires_grad_(False)
+
+
+def _merge(layer: Any) -> None:
+    weight = layer.get_base_layer().weight
+    dtype = weight.dtype
+    # peft would round the update of the embeddings, and then the sum
+    weight.data = weight.data.to(torch.promote_types(dtype, torch.float32))
+    layer.merge()
+    weight.data = weight.data.to(dtype)
 
 
 def _untie(model: Mamba2LM) -> None:
