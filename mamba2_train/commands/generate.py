@@ -29,7 +29,7 @@ def main(config: GenerateConfig) -> None:
     model, tokenizer, _ = load_checkpoint(config.checkpoint)
     ids = tokenizer.encode(config.prompt) or [tokenizer.bos_token_id or tokenizer.eos_token_id]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device).eval()
+    model.to(device)
     sys.stdout.write(config.prompt)
     stream = Stream(tokenizer, config.prompt, ids)
     generate(
@@ -49,7 +49,8 @@ def main(config: GenerateConfig) -> None:
 def load_checkpoint(
     source: str | list[str], dtype: torch.dtype | None = None
 ) -> tuple[Mamba2LM, Any, PeftModel | None]:
-    """Model, tokenizer and adapters of a checkpoint, an adapter (with its base) or a run's folder.
+    """Model, tokenizer and adapters of a checkpoint, an adapter (with its base) or a run's folder;
+    without dropout.
 
     Args:
         source: of several adapters, the sum is put on their base.
@@ -60,14 +61,15 @@ def load_checkpoint(
         assert isinstance(source, str)
         folder = _inside(source)
         where = str(folder) if folder.exists() else source
-        return load_pretrained(where, dtype=dtype), load_tokenizer(where), None
+        return load_pretrained(where, dtype=dtype).eval(), load_tokenizer(where), None
     bases = {(c.base_model_name_or_path, c.revision) for c in map(read_config, adapters)}
     if len(bases) > 1:
         names = " and ".join(sorted(str(name) for name, _ in bases))
         raise UserError(f"these adapters are of {names}: only those of one base have a sum")
     base, revision = bases.pop()
     model = load_pretrained(resolve(base or ""), revision=revision, dtype=dtype)
-    return model, load_tokenizer(str(adapters[0])), load_adapter(model, *adapters)
+    peft_model = load_adapter(model, *adapters).eval()
+    return model, load_tokenizer(str(adapters[0])), peft_model
 
 
 def find_adapters(source: str | list[str]) -> list[Path]:
