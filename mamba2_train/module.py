@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from mamba2_train.audit import check_gradients
 from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2LM
 from mamba2_train.optim import build_optimizer, lr_factor
@@ -64,6 +65,7 @@ class Mamba2Module(L.LightningModule):
         optimizer: OptimizerConfig,
         scheduler: SchedulerConfig,
         total_steps: int,
+        lora_plus_ratio: float = 1.0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -71,6 +73,8 @@ class Mamba2Module(L.LightningModule):
         self.scheduler_config = scheduler
         # Lightning's estimate would make the loader before a resumed run knows where it stands
         self.total_steps = total_steps
+        self.lora_plus_ratio = lora_plus_ratio
+        self.audited = False  # whether all that is trained has been seen to get a gradient
         self.window = TokenMean()  # the micro-batches of one optimizer step
         self.validation = TokenMean()
 
@@ -82,6 +86,9 @@ class Mamba2Module(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         loss, tokens = self.window.reduced(self)
         self.window.reset()
+        if not self.audited and tokens > 0:  # without a label, no gradient
+            check_gradients(self.model)
+            self.audited = True
         # Lightning has divided by the accumulation, DDP by the ranks; a window at the end of an
         # epoch may be shorter, and is divided by the full accumulation all the same
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -111,7 +118,7 @@ class Mamba2Module(L.LightningModule):
         self.log("val/perplexity", loss.exp().float(), prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.model, self.optimizer_config)
+        optimizer = build_optimizer(self.model, self.optimizer_config, self.lora_plus_ratio)
         factor = lr_factor(self.scheduler_config, self.total_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {

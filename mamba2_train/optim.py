@@ -13,12 +13,19 @@ from mamba2_train.schema import AdamWConfig, MuonConfig, OptimizerConfig, Schedu
 Parameters = list[tuple[str, nn.Parameter]]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of what is trainable, which is on its device by now."""
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, lora_plus_ratio: float = 1.0
+) -> torch.optim.Optimizer:
+    """The optimizer of what is trainable, which is on its device by now.
+
+    Args:
+        lora_plus_ratio: learning rate of the B of adapted linear layers over that of all else
+            (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+    """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if isinstance(config, MuonConfig):
-        return MuonWithAdamW(trainable, config)
-    groups = _groups(trainable, config.weight_decay)
+        return MuonWithAdamW(trainable, config, lora_plus_ratio)
+    groups = _groups(trainable, config, lora_plus_ratio)
     if not isinstance(config, AdamWConfig):
         from transformers.optimization import Adafactor  # transformers takes seconds to import
 
@@ -47,7 +54,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     checkpoint see an optimizer like any other.
     """
 
-    def __init__(self, trainable: Parameters, config: MuonConfig) -> None:
+    def __init__(
+        self, trainable: Parameters, config: MuonConfig, lora_plus_ratio: float = 1.0
+    ) -> None:
         def is_matrix(name: str, p: nn.Parameter) -> bool:
             return p.dim() == 2 and "embeddings" not in name and "lm_head" not in name
 
@@ -56,14 +65,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
             muon = torch.optim.Muon(
-                _groups(matrices, config.weight_decay),
+                _groups(matrices, config, lora_plus_ratio),
                 lr=config.lr,
                 momentum=config.momentum,
                 adjust_lr_fn="match_rms_adamw",  # so that one learning rate suits both
             )
             self.parts.append(muon)
         if rest:
-            groups = _groups(rest, config.weight_decay)
+            groups = _groups(rest, config, lora_plus_ratio)
             adamw = torch.optim.AdamW(
                 groups, lr=config.lr, betas=config.betas, eps=config.eps, **_fastest(rest)
             )
@@ -92,15 +101,25 @@ class MuonWithAdamW(torch.optim.Optimizer):
             begin = end
 
 
-def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]:
+def _groups(
+    parameters: Parameters, config: OptimizerConfig, lora_plus_ratio: float
+) -> list[dict[str, Any]]:
     """With and without decay: A_log, D, dt_bias, norms and biases have none.
 
     These are the parameters with a single dimension: pulling a decay rate or a norm's scale
     towards zero is not regularisation.
     """
-    groups = [
-        {"params": [p for _, p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for _, p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    faster = [p for name, p in parameters if lora_plus_ratio != 1 and ".lora_B." in name]
+    fast = {id(p) for p in faster}
+    other = [p for _, p in parameters if id(p) not in fast]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in other if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in other if p.dim() <= 1], "weight_decay": 0.0},
+        {
+            "params": faster,
+            "weight_decay": config.weight_decay,
+            "lr": config.lr * lora_plus_ratio,
+        },
     ]
     return [group for group in groups if group["params"]]
 

@@ -16,7 +16,8 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from peft import PeftModel
 from rich.table import Table
 
-from mamba2_train.adapters import save_adapter
+from mamba2_train.adapters import only_merged, save_adapter
+from mamba2_train.audit import coverage
 from mamba2_train.checkpoint import save_pretrained
 from mamba2_train.commands import console
 from mamba2_train.data.datamodule import TextDataModule
@@ -83,15 +84,16 @@ class Run:
         if not self.trainer.is_global_zero:
             return
         model, data = self.result["model"], self.result["data"]
-        adapter = self.config.adapter
-        how = "in full" if adapter.kind == "full" else "LoRA on " + ", ".join(adapter.target_names)
+        share = model["trainable"] / model["parameters"]
+        over = ""
         if (stored := self.config.quantization.stored) is not None:
-            how += f", over {stored}"
+            over = f", over {stored}"
         console.print(
             f"[bold]{model['source']}[/]  {model['parameters']:,} parameters, "
-            f"{model['trainable']:,} trained ({how})",
+            f"{model['trainable']:,} trained, {share:.1%}{over}",
             soft_wrap=True,
         )
+        console.print(coverage(self.module.model))
         if self.data.streamed:
             what = (
                 f"{data['train_source_rows']:,} rows, streamed in {data['train_blocks']:,} blocks"
@@ -162,7 +164,7 @@ class Run:
             ids = {name: getattr(self.tokenizer, f"{name}_token_id") for name in special}
             save_pretrained(self.module.model, target, token_ids=ids)
         else:
-            save_adapter(self.adapter, target, base=_base_name(self.config))
+            save_adapter(self.adapter, target, base_name(self.config), self.config.model.revision)
         save_tokenizer(self.tokenizer, target)
         prompt = next(iter(self.config.callbacks.samples.prompts), "")
         self.result |= {
@@ -239,6 +241,13 @@ class Run:
         for label, path in ((target.name, target), ("report", report)):
             console.print(f"{label:10}{path}")
         console.print(f"{'next':10}{self.result['next']}", soft_wrap=True)
+        if self.adapter is not None:
+            command = shlex.join(["mamba2-export", f"checkpoint={target}", "out=FOLDER"])
+            why = "; ".join(only_merged(self.adapter))
+            console.print(
+                f"{'merge':10}{command}" + (f"  [dim](for other tools: {why})[/]" if why else ""),
+                soft_wrap=True,
+            )
 
 
 def continuations(model: Mamba2LM, tokenizer: Any, settings: SamplesConfig, seed: int) -> list[str]:
@@ -260,7 +269,8 @@ def continuations(model: Mamba2LM, tokenizer: Any, settings: SamplesConfig, seed
     return texts
 
 
-def _base_name(config: TrainConfig) -> str:
+def base_name(config: TrainConfig) -> str:
+    """What an adapter calls the weights below it; it may be used from another folder."""
     source = config.model.source or ""
     return str(Path(source).resolve()) if Path(source).is_dir() else source
 

@@ -5,11 +5,14 @@ key or a wrong type costs a second and not a queue. Each field's meaning stands 
 description; `configs/` holds the defaults.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -27,7 +30,35 @@ from mamba2_train.model import PRESETS, Checkpointing
 from mamba2_train.quantization import Quantization, bitsandbytes
 
 LORA_TARGETS = ("in_proj", "out_proj", "embeddings", "lm_head")
+NOT_FOR_LORA = ("conv1d", "dt_bias", "A_log", "D", "norm")
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _expanded(layers: Any) -> list[int]:
+    """[0, "4-6"] -> [0, 4, 5, 6]"""
+    numbers: set[int] = set()
+    for part in layers if isinstance(layers, list) else [layers]:
+        if not re.fullmatch(r"\d+(-\d+)?", str(part)):
+            raise ValueError(f"{part!r} is no block: give numbers and ranges, such as [0, 4-7]")
+        first, _, last = str(part).partition("-")
+        if last and int(last) < int(first):
+            raise ValueError(f"{part} counts down: write {last}-{first}")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    if not numbers:
+        raise ValueError("is empty: name at least one block, or set it to null")
+    return sorted(numbers)
+
+
+def _expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is no regular expression: {error}") from error
+    return pattern
+
+
+Layers = Annotated[list[int], BeforeValidator(_expanded)]
+Pattern = Annotated[str, AfterValidator(_expression)]
 
 
 class Group(BaseModel):
@@ -63,15 +94,42 @@ class ModelConfig(Group):
 
 
 class LoraConfig(Group):
-    """Low-rank adapters: W + alpha / r * B A."""
+    """Low-rank adapters: W + alpha / r * B A.
+
+    A target or the key of a pattern is a name, or a regular expression of how a module's path
+    ends, in whole names: `layers\\.[0-3]\\.mixer\\.in_proj`.
+    """
 
     kind: Literal["lora"]
     r: PositiveInt = Field(description="rank")
     alpha: PositiveFloat = Field(description="the update is scaled by alpha / r")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(r) instead")
-    targets: list[str] | Literal["all-linear"] = Field(
+    dora: bool = Field(default=False, description="train the weights' magnitudes apart (DoRA)")
+    init: Annotated[
+        str, Field(pattern=r"^(default|gaussian|orthogonal|pissa|pissa_niter_\d+|olora)$")
+    ] = Field(
+        default="default",
+        description="pissa, olora: the adapter begins as the main part of the weights; "
+        "pissa_niter_4 finds it much faster, nearly; gaussian, orthogonal: how A is drawn",
+    )
+    targets: list[Pattern] | Literal["all-linear"] = Field(
         description="modules to adapt; all-linear: in_proj and out_proj"
+    )
+    layers: Layers | None = Field(
+        default=None, description="of the blocks, adapt these: [0, 4-7]; null: all"
+    )
+    rank_pattern: dict[Pattern, PositiveInt] | None = Field(
+        default=None, description="r of some modules: {out_proj: 8}; the first that matches counts"
+    )
+    alpha_pattern: dict[Pattern, PositiveFloat] | None = Field(
+        default=None, description="alpha of some modules"
+    )
+    train: list[Literal["conv1d", "dt_bias", "A_log", "D", "norm"]] = Field(
+        default=[], description="trained in full beside LoRA, and saved beside the adapter"
+    )
+    lora_plus_ratio: Annotated[float, Field(ge=1)] = Field(
+        default=1.0, description="learning rate of B over that of A (LoRA+)"
     )
 
     @field_validator("targets")
@@ -80,7 +138,12 @@ class LoraConfig(Group):
         if not targets:
             raise ValueError("is empty: name at least one module, or set adapter=full")
         for target in targets if isinstance(targets, list) else ():
-            if target not in LORA_TARGETS:
+            if target in NOT_FOR_LORA:
+                raise ValueError(
+                    f"'{target}' has no matrix that LoRA could adapt: train it in full with "
+                    f"adapter.train=[{target}]"
+                )
+            if re.fullmatch(r"[\w-]+", target) and target not in LORA_TARGETS:
                 raise ValueError(
                     f"'{target}' is no module to adapt.{nearest(target, LORA_TARGETS)} "
                     f"Known: {', '.join(LORA_TARGETS)}, or all-linear"
@@ -94,11 +157,45 @@ class LoraConfig(Group):
             return ["in_proj", "out_proj"]
         return list(dict.fromkeys(self.targets))
 
+    @property
+    def patterns(self) -> list[str]:
+        return [*(self.rank_pattern or {}), *(self.alpha_pattern or {})]
+
+    @model_validator(mode="after")
+    def _one_variant(self) -> "LoraConfig":
+        if self.dora and self.init.startswith(("pissa", "olora")):
+            raise ValueError(
+                f"init={self.init} cannot be saved with dora=true, whose magnitudes belong to the "
+                "changed base: set dora=false or init=default"
+            )
+        return self
+
+
+class ContinueConfig(Group):
+    """Go on training a saved adapter: its rank, alpha, dropout, targets and what it trains in full
+    are its own."""
+
+    kind: Literal["continue"]
+    source: Path = Field(description="folder of the adapter, or of the run that made it")
+    lora_plus_ratio: Annotated[float, Field(ge=1)] = Field(
+        default=1.0, description="learning rate of B over that of A (LoRA+)"
+    )
+
 
 class FullConfig(Group):
-    """Every parameter is trained."""
+    """Every parameter is trained, but for what is frozen."""
 
     kind: Literal["full"]
+    freeze: list[Pattern] = Field(
+        default=[],
+        description="kinds (embeddings, in_proj, norm, ...), or regular expressions of how the "
+        "path of a parameter or of a module around it ends",
+    )
+    freeze_layers: Layers | None = Field(default=None, description="whole blocks: [0-11]")
+
+    @property
+    def lora_plus_ratio(self) -> float:
+        return 1.0
 
 
 class QuantizationConfig(Group):
@@ -252,7 +349,7 @@ class TrainConfig(Group):
     )
     debug: bool = Field(description="show tracebacks")
     model: ModelConfig
-    adapter: Annotated[LoraConfig | FullConfig, Field(discriminator="kind")]
+    adapter: Annotated[LoraConfig | ContinueConfig | FullConfig, Field(discriminator="kind")]
     data: DataConfig
     quantization: QuantizationConfig
     optimizer: Annotated[OptimizerConfig, Field(discriminator="kind")]
@@ -280,9 +377,10 @@ class TrainConfig(Group):
                     "state is sharded, or strategy=ddp"
                 )
             bitsandbytes()
-        if self.adapter.kind == "lora" and self.model.source is None:
+        if self.adapter.kind != "full" and self.model.source is None:
             raise ValueError(
-                "adapter=lora needs weights to adapt: set model.source or adapter=full"
+                f"adapter={self.adapter.kind} needs weights to adapt: set model.source or "
+                "adapter=full"
             )
         t = self.trainer
         unbounded = t.max_steps is None or isinstance(t.validate_every, float)
@@ -316,7 +414,10 @@ class TrainConfig(Group):
 class GenerateConfig(Group):
     """A run of `mamba2-generate`."""
 
-    checkpoint: str = Field(description="'embedded', a folder, a hub id, an adapter or a run")
+    checkpoint: str | list[str] = Field(
+        description="'embedded', a folder, a hub id, an adapter or a run; several adapters of one "
+        "base: their sum"
+    )
     quantization: QuantizationConfig
     prompt: str
     max_new_tokens: PositiveInt
@@ -328,6 +429,26 @@ class GenerateConfig(Group):
 
     @model_validator(mode="after")
     def _usable(self) -> "GenerateConfig":
+        if self.quantization.stored is not None:
+            bitsandbytes()
+        return self
+
+
+class ExportConfig(Group):
+    """A run of `mamba2-export`."""
+
+    checkpoint: str | list[str] = Field(description="as of mamba2-generate")
+    out: Path = Field(description="folder to write")
+    quantization: QuantizationConfig = Field(
+        description="of the base that the adapter was trained over: its values are merged into"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        description="of the weights written; null: as they are stored"
+    )
+    debug: bool
+
+    @model_validator(mode="after")
+    def _usable(self) -> "ExportConfig":
         if self.quantization.stored is not None:
             bitsandbytes()
         return self

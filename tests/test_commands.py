@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 
 from mamba2_train.assets import FOLDER
+from mamba2_train.commands.generate import load_checkpoint
 
 BIN = Path(sys.executable).parent
 SHORT = [
@@ -99,6 +101,48 @@ def test_the_next_command_it_names_works(finished):
     small = run("mamba2-generate", *arguments, "quantization=nf4", "max_new_tokens=8", cwd=folder)
     assert (small.returncode, small.stderr) == (0, "")
     assert small.stdout.startswith("Love is")
+
+
+def test_the_merge_command_it_names_gives_transformers_the_same_model(finished):
+    """Logits of the folder in transformers = logits of the adapter on its base, both in fp32."""
+    folder, done = finished
+    (line,) = re.findall(r"merge +(mamba2-export .*?)  \(", done.stdout)
+    arguments = shlex.split(line)[1:]
+    before = {path: path.read_bytes() for path in (folder / "out" / "adapter").iterdir()}
+    merged = run("mamba2-export", *arguments, "dtype=float32", cwd=folder)
+    assert merged.returncode == 0, merged.stderr
+    assert "peft refuses out_proj" in done.stdout
+    ids = torch.randint(0, 4096, (2, 33), generator=torch.Generator().manual_seed(0))
+    ours, _, _ = load_checkpoint(str(folder / "out"), dtype=torch.float32)
+    stock = transformers.Mamba2ForCausalLM.from_pretrained(folder / "FOLDER")
+    with torch.no_grad():
+        got, expected = stock(ids).logits, ours(ids).logits
+    assert (got - expected).abs().max() / expected.abs().max() < 1e-5
+    assert all(path.read_bytes() == bytes_ for path, bytes_ in before.items())
+    # the base is what it is made from
+    refused = run("mamba2-export", "checkpoint=out", "out=out/adapter", cwd=folder)
+    assert refused.returncode == 1
+    assert "is what the model is made from" in refused.stderr
+
+
+def test_training_goes_on_from_a_run(finished):
+    folder, _ = finished
+    again = run(
+        "mamba2-train",
+        *SHORT,
+        "adapter=continue",
+        "adapter.source=out",
+        "run_dir=continued",
+        "logger=csv",
+        cwd=folder,
+    )
+    assert again.returncode == 0, again.stderr
+    first, second = (
+        json.loads((folder / name / "result.json").read_text()) for name in ("out", "continued")
+    )
+    assert second["base"]["val/loss"] == pytest.approx(first["final"]["val/loss"], rel=1e-6)
+    assert second["final"]["val/loss"] < first["final"]["val/loss"]
+    assert second["model"]["trainable"] == first["model"]["trainable"]
 
 
 def test_the_same_seed_gives_the_same_bits(finished):
@@ -200,6 +244,9 @@ def _broken(folder: Path) -> None:
     shutil.copytree(TINY_BASE, folder / "llama")
     config = json.loads((folder / "llama" / "config.json").read_text())
     (folder / "llama" / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    (folder / "adapter").mkdir()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
     (folder / "recipe.yaml").write_text("defaults: [train, _self_]\ndata:\n  sorce: x.jsonl\n")
 
 
@@ -225,6 +272,15 @@ FAULTS = {
     "unknown LoRA target": (
         ["adapter.targets=[x_proj]"],
         r"adapter\.targets: 'x_proj'.*Known: in_proj, out_proj",
+    ),
+    "a block that does not exist": (["adapter.layers=[7-9]"], r"layer 8 does not exist.*0 to 7"),
+    "a pattern for nothing": (
+        ["adapter.rank_pattern={out_prj: 4}"],
+        r"'out_prj' matches no adapted module.*'out_proj'",
+    ),
+    "an adapter of another base": (
+        ["adapter=continue", "adapter.source=adapter", "model.source=truncated"],
+        r"was trained on elsewhere.*model\.source=elsewhere",
     ),
     "unknown choice": (["strategy=fspd"], r"strategy/fspd.*auto"),
     "full disk": (["run_dir=full/run"], r"MB free"),

@@ -11,7 +11,13 @@ from omegaconf import OmegaConf
 
 from mamba2_train.commands import _quoted, extend_hydra
 from mamba2_train.errors import UserError
-from mamba2_train.schema import GenerateConfig, StrategyConfig, TrainConfig, validated
+from mamba2_train.schema import (
+    ExportConfig,
+    GenerateConfig,
+    StrategyConfig,
+    TrainConfig,
+    validated,
+)
 
 ROOT = Path(__file__).parent.parent
 GROUPS = sorted(p.relative_to(ROOT / "configs") for p in (ROOT / "configs").glob("*/*.yaml"))
@@ -65,6 +71,16 @@ def test_every_recipe_opens_with_its_launch_line(name):
     assert f"--config-name {name}" in first
 
 
+def test_ranges_of_blocks():
+    assert config("adapter.layers=[0,4-6,5]").adapter.layers == [0, 4, 5, 6]
+    assert config("adapter=full", "adapter.freeze_layers=0-2").adapter.freeze_layers == [0, 1, 2]
+
+
+def test_export_composes():
+    values = composed("checkpoint=[a,b]", "out=c", name="export")
+    assert validated(ExportConfig, values).checkpoint == ["a", "b"]
+
+
 def test_generate_composes():
     assert validated(GenerateConfig, composed(name="generate")).checkpoint == "embedded"
 
@@ -96,6 +112,20 @@ def test_every_field_of_ours_can_be_overridden():
         ),
         (["adapter.targets=[]"], "^adapter.targets: is empty"),
         (["adapter.r=0"], r"adapter.r: .*greater than 0"),
+        (["adapter.r=-3"], r"adapter.r: .*greater than 0.*got -3"),
+        (["adapter.alpha=null"], r"adapter.alpha: .*valid number.*got None"),
+        (["adapter.targets=[conv1d]"], r"train it in full with adapter.train=\[conv1d\]"),
+        (['adapter.targets=["in_proj("]'], "is no regular expression"),
+        (["adapter.train=[A]"], r"adapter.train.0: .*'conv1d'.*got 'A'"),
+        (["adapter.rank_pattern={in_proj: 0}"], "adapter.rank_pattern.in_proj: .*greater than 0"),
+        (["adapter.layers=[7-4]"], "adapter.layers: 7-4 counts down: write 4-7"),
+        (["adapter.layers=[]"], "adapter.layers: is empty"),
+        (["adapter.layers=[first]"], "adapter.layers: 'first' is no block"),
+        (["adapter.init=pisa"], "adapter.init: .*got 'pisa'"),
+        (["adapter.init=pissa", "adapter.dora=true"], "set dora=false or init=default"),
+        (["adapter=full", "+adapter.r=8"], "adapter.r: unknown key.*Known: freeze, freeze_layers"),
+        (["adapter=continue", "adapter.source=x", "+adapter.r=8"], "adapter.r: unknown.*source"),
+        (["adapter.lora_plus_ratio=0.5"], "adapter.lora_plus_ratio: .*got 0.5"),
         (["model.preset=tiny"], "model: set source .* or preset"),
         (["model=scratch", "model.preset=tinny", "adapter=full"], "Did you mean 'tiny'"),
         (["model=scratch"], "adapter=lora needs weights to adapt"),

@@ -25,7 +25,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
 from mamba2_train.errors import UserError, nearest
@@ -50,7 +50,7 @@ def command(
         def task(composed: DictConfig) -> None:
             # inside, or Hydra would announce the fault with a line of its own
             with _one_line_errors():
-                run(validated(schema, OmegaConf.to_container(composed, resolve=True)))  # type: ignore[arg-type]
+                run(validated(schema, _values(composed)))
 
         def main() -> None:
             extend_hydra()
@@ -66,6 +66,10 @@ def command(
         return main
 
     return decorate
+
+
+def _values(composed: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
 class _OurConfigs(SearchPathPlugin):
@@ -145,6 +149,8 @@ def _escaped(message: str) -> str:
 
 def _composition_fault(error: Exception) -> str:
     """Hydra's message of several lines as one, with the nearest key that exists."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}: needs a value"
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         known = sorted(str(key) for key in cause.parent_node)

@@ -14,7 +14,14 @@ import lightning as L
 import torch
 from peft import PeftModel
 
-from mamba2_train.adapters import add_lora
+from mamba2_train.adapters import (
+    add_lora,
+    find_frozen,
+    find_targets,
+    folder_of,
+    load_adapter,
+    read_config,
+)
 from mamba2_train.assets import resolve
 from mamba2_train.callbacks import build_callbacks, validate_every
 from mamba2_train.checkpoint import load_config, load_pretrained
@@ -27,7 +34,7 @@ from mamba2_train.errors import UserError
 from mamba2_train.model import PRESETS, Mamba2Config, Mamba2LM, initialize
 from mamba2_train.module import Mamba2Module
 from mamba2_train.resume import identity, locate, read_start
-from mamba2_train.run import Run
+from mamba2_train.run import Run, base_name
 from mamba2_train.saving import CHECKPOINTS, RECENT, Checkpoints, WholeOrNot
 from mamba2_train.schema import StrategyConfig, TrainConfig
 from mamba2_train.tracking import build_loggers, check_space, count_rows
@@ -43,6 +50,7 @@ def main(config: TrainConfig) -> None:
 
     # what fails fast comes first: the data are read and checked before a weight is
     shape = model_shape(config)
+    check_adapter(config, shape)
     tokenizer = load_tokenizer(
         resolve(config.model.tokenizer or config.model.source or ""),
         revision=config.model.revision if config.model.tokenizer is None else None,
@@ -70,7 +78,9 @@ def main(config: TrainConfig) -> None:
     saver.run = identity(config, model, data.fingerprint(), trainer.world_size, resumed)
     data.trainer = trainer
     total_steps = count_steps(config, data)
-    module = Mamba2Module(model, config.optimizer, config.scheduler, total_steps)
+    module = Mamba2Module(
+        model, config.optimizer, config.scheduler, total_steps, config.adapter.lora_plus_ratio
+    )
     run = Run(config, trainer, module, data, tokenizer, adapter, saver, started, resumed)
     run.announce()
     run.evaluate_base()
@@ -116,11 +126,35 @@ def _quantizing_device(config: TrainConfig) -> str | None:
     return f"cuda:{os.environ.get('LOCAL_RANK') or os.environ.get('SLURM_LOCALID') or 0}"
 
 
+def check_adapter(config: TrainConfig, shape: Mamba2Config) -> None:
+    """Names that match nothing in a model of this shape, or an adapter of another base."""
+    adapter = config.adapter
+    if adapter.kind == "continue":
+        base = read_config(folder_of(adapter.source)).base_model_name_or_path
+        own = base_name(config)
+        if base != own:
+            raise UserError(
+                f"{adapter.source} was trained on {base}, but model.source is {own}: set "
+                f"model.source={base}, or correct the adapter_config.json if it has moved"
+            )
+        return
+    with torch.device("meta"):
+        model = Mamba2LM(shape)
+    if adapter.kind == "lora":
+        find_targets(model, adapter.target_names, adapter.layers, adapter.patterns)
+    else:
+        find_frozen(model, adapter.freeze, adapter.freeze_layers)
+
+
 def adapt(model: Mamba2LM, config: TrainConfig) -> PeftModel | None:
-    """Put the adapters on the model, in place; None where all of it is trained."""
+    """Put the adapters on the model, in place; None where its own weights are trained."""
     lora = config.adapter
     if lora.kind == "full":
+        for parameter in find_frozen(model, lora.freeze, lora.freeze_layers):
+            parameter.requires_grad_(False)
         return None
+    if lora.kind == "continue":
+        return load_adapter(model, folder_of(lora.source), trainable=True)
     return add_lora(
         model,
         lora.target_names,
@@ -128,6 +162,12 @@ def adapt(model: Mamba2LM, config: TrainConfig) -> PeftModel | None:
         alpha=lora.alpha,
         dropout=lora.dropout,
         rslora=lora.rslora,
+        dora=lora.dora,
+        init=lora.init,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+        layers=lora.layers,
+        in_full=lora.train,
         seed=config.seed,
     )
 

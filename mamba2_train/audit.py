@@ -1,0 +1,95 @@
+"""What a run trains, seen before its first step; and that all of it learns, seen in that step.
+
+A target that an op reads past, or that no loss depends on, keeps its initial weights in silence:
+the run looks well and has trained a part of what was asked for.
+"""
+
+from collections import defaultdict
+
+from rich.table import Table
+from torch import nn
+
+from mamba2_train.adapters import KINDS, kind_of
+from mamba2_train.errors import UserError
+from mamba2_train.model import Mamba2LM
+
+
+def coverage(model: Mamba2LM) -> Table:
+    """A row for each kind of module: how many of how many are trained and how, and the share."""
+    total: dict[str, int] = defaultdict(int)
+    trained: dict[str, int] = defaultdict(int)
+    holders: dict[str, set[str]] = defaultdict(set)  # modules or parameters of a kind
+    moving: dict[str, set[str]] = defaultdict(set)  # those of them that are trained
+    how: dict[str, set[str]] = defaultdict(set)
+    for name, p in model.named_parameters():
+        kind, holder, is_lora = kind_of(name), _holder(name), "lora_" in name
+        holders[kind].add(holder)
+        total[kind] += 0 if is_lora else p.numel()
+        if p.requires_grad:
+            trained[kind] += p.numel()
+            moving[kind].add(holder)
+            how[kind].add(f"LoRA, r {_ranks(model, kind)}" if is_lora else "in full")
+    everything = sum(total.values())
+    table = Table("", "trained", "modules", "parameters", "share", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for kind in (k for k in KINDS if k in total):
+        n, style = trained[kind], None if trained[kind] else "dim"
+        table.add_row(
+            kind,
+            " and ".join(sorted(how[kind])) or "frozen",
+            f"{len(moving[kind])} of {len(holders[kind])}",
+            f"{n:,}" if n else "",
+            f"{n / everything:.2%}" if n else "",
+            style=style,
+        )
+    return table
+
+
+def check_gradients(model: nn.Module) -> None:
+    """After a backward: raise a UserError that names what is to be trained and got no gradient.
+
+    LoRA's product is zero at first because one of its factors is, and the gradient of the other
+    is then zero too: that one is excused.
+    """
+    parameters = dict(model.named_parameters())
+    silent = [
+        name
+        for name, p in parameters.items()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    silent = [name for name in silent if not _is_excused(name, parameters)]
+    if silent:
+        raise UserError(
+            f"{len(silent)} of {sum(p.requires_grad for p in parameters.values())} trained tensors "
+            f"got no gradient in the first step, such as {silent[0]}: the loss does not depend on "
+            f"them, so leave them out of adapter.targets or adapter.train, or freeze them"
+        )
+
+
+def _is_excused(name: str, parameters: dict[str, nn.Parameter]) -> bool:
+    other = name
+    for mine, partner in (
+        ("lora_A.", "lora_B."),
+        ("lora_B.", "lora_A."),
+        ("lora_embedding_A.", "lora_embedding_B."),
+        ("lora_embedding_B.", "lora_embedding_A."),
+    ):
+        if f".{mine}" in name:
+            other = name.replace(f".{mine}", f".{partner}")
+    return other != name and parameters[name].grad is not None and not parameters[other].any()
+
+
+def _holder(name: str) -> str:
+    """The module that a parameter or its adapter is in; A_log and its like stand for themselves."""
+    before = name.split(".lora_")[0].replace(".base_layer", "")
+    return before.removesuffix(".weight").removesuffix(".bias")
+
+
+def _ranks(model: nn.Module, kind: str) -> str:
+    ranks = {
+        module.r["default"]
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "r", None), dict) and kind_of(name) == kind
+    }
+    return ", ".join(map(str, sorted(ranks)))
