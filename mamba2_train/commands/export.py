@@ -2,7 +2,7 @@
 
 mamba2-export checkpoint=runs/quotes/2026-01-01_12-00-00 out=merged
 mamba2-export checkpoint='[ADAPTER,ADAPTER]' out=merged          the sum of several
-mamba2-export checkpoint=ADAPTER quantization=nf4 out=merged     into the base as it was trained over
+mamba2-export checkpoint=ADAPTER quantization=nf4 out=merged     into the base as trained over
 """
 
 from pathlib import Path
