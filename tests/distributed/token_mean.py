@@ -11,7 +11,7 @@ import torch
 
 from mamba2_train.model import Mamba2Config, Mamba2LM, initialize
 from mamba2_train.module import Mamba2Module
-from mamba2_train.schema import OptimizerConfig, SchedulerConfig
+from mamba2_train.schema import AdamWConfig, SchedulerConfig
 
 STEPS = 3
 LENGTHS = (2, 23, 9, 17)  # of the documents of a step: 1, 22, 8 and 16 tokens are predicted
@@ -46,7 +46,7 @@ def main() -> None:
     ).double()
     module = Mamba2Module(
         model,
-        OptimizerConfig(kind="adamw", lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1),
+        AdamWConfig(kind="adamw", lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1),
         SchedulerConfig(kind="constant", warmup_fraction=0.0, min_lr_fraction=1.0),
         total_steps=STEPS,
     )
