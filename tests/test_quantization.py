@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from mamba2_train import adapters, quantization
 from mamba2_train.assets import FOLDER
 from mamba2_train.checkpoint import load_pretrained, save_pretrained
-from mamba2_train.commands.generate import load_for_generation
+from mamba2_train.commands.generate import load_checkpoint
 from mamba2_train.errors import UserError
 from mamba2_train.generation import generate
 from mamba2_train.model import Mamba2Config, Mamba2LM
@@ -244,7 +244,7 @@ def test_an_adapter_finds_its_base_quantized(folder, ids, tmp_path):
     again = load_pretrained(folder, quantization="int8")
     adapters.load_adapter(again, tmp_path / "adapter")
     assert torch.equal(again(ids).logits, model(ids).logits)
-    model, _ = load_for_generation(str(FOLDER / "tiny_base"), "nf4")
+    model, *_ = load_checkpoint(str(FOLDER / "tiny_base"), quantization="nf4")
     assert model.backbone.layers[0].mixer.in_proj.weight.dtype == torch.uint8
 
 
