@@ -30,7 +30,7 @@ from mamba2_train.generation import generate
 from mamba2_train.merge import merge_adapters
 from mamba2_train.model import Mamba2Config, Mamba2LM, initialize
 from mamba2_train.optim import build_optimizer
-from mamba2_train.schema import OptimizerConfig
+from mamba2_train.schema import AdamWConfig
 
 TARGETS = ["in_proj", "out_proj", "embeddings", "lm_head"]
 CONFIG = Mamba2Config(d_model=32, n_layers=2, vocab_size=96, d_state=16, headdim=16)
@@ -545,7 +545,7 @@ def test_lora_plus_gives_b_its_own_rate():
     """As peft's optimizer does; the embeddings, for which it has a setting apart, stay with A."""
     model = base(tie_embeddings=False)
     peft_model = add_lora(model, TARGETS, r=4, alpha=8)
-    config = OptimizerConfig(kind="adamw", lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0)
+    config = AdamWConfig(kind="adamw", lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0)
     ours = build_optimizer(model, config, lora_plus_ratio=16)
     theirs = create_loraplus_optimizer(
         peft_model,

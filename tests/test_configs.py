@@ -51,6 +51,7 @@ def test_every_group_file_composes(path):
         "data/local.yaml": ["data.source=x.jsonl"],
         "model/scratch.yaml": ["adapter=full"],
         "adapter/full.yaml": [],
+        "adapter/continue.yaml": ["adapter.source=an_adapter"],
     }.get(str(path), [])
     chosen = config(f"{path.parent}={path.stem}", *extra).model_dump()[str(path.parent)]
     own = yaml.safe_load((ROOT / "configs" / path).read_text())

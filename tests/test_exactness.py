@@ -23,7 +23,7 @@ from mamba2_train.data.datamodule import TextDataModule
 from mamba2_train.data.packing import IGNORED
 from mamba2_train.data.tokenizer import load_tokenizer
 from mamba2_train.module import Mamba2Module
-from mamba2_train.schema import OptimizerConfig, SchedulerConfig
+from mamba2_train.schema import AdamWConfig, SchedulerConfig
 
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5}
 SEQ_LEN = 160
@@ -130,7 +130,7 @@ def trained(model, data, *, accumulate=None, rate=0.0, steps=1):
     dtype = model.lm_head.weight.dtype
     module = Plain(
         model,
-        OptimizerConfig(kind="adamw", lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0),
+        AdamWConfig(kind="adamw", lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0),
         SchedulerConfig(kind="constant", warmup_fraction=0.0, min_lr_fraction=1.0),
         total_steps=steps,
     )
