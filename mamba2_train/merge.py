@@ -27,12 +27,14 @@ def merge_adapters(peft_model: PeftModel) -> Mamba2LM:
         UserError: there is nothing to merge, for instance because it has been merged already.
     """
     model = adapted(peft_model)
-    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    if not layers:
         raise UserError("there is no adapter on the model: it has been merged already")
+    if not all(layer.get_base_layer().weight.is_floating_point() for layer in layers):
+        raise UserError("the weights below the adapter are quantized: dequantize them first")
     _untie(model)
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            _merge(module)
+    for layer in layers:
+        _merge(layer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already")  # it is, and need only be taken out
         tuner: Any = peft_model.base_model

@@ -4,6 +4,7 @@ merged to the same logits; what is trained beside it, and what is frozen."""
 import io
 import json
 
+import lightning as L
 import peft.tuners.tuners_utils
 import pytest
 import torch
@@ -29,8 +30,9 @@ from mamba2_train.errors import UserError
 from mamba2_train.generation import generate
 from mamba2_train.merge import merge_adapters
 from mamba2_train.model import Mamba2Config, Mamba2LM, initialize
+from mamba2_train.module import Mamba2Module
 from mamba2_train.optim import build_optimizer
-from mamba2_train.schema import AdamWConfig
+from mamba2_train.schema import AdamWConfig, SchedulerConfig
 
 TARGETS = ["in_proj", "out_proj", "embeddings", "lm_head"]
 CONFIG = Mamba2Config(d_model=32, n_layers=2, vocab_size=96, d_state=16, headdim=16)
@@ -224,6 +226,17 @@ def test_merged_equals_adapter(ids, variant, targets, tied, dtype):
     assert merged.config.tie_embeddings == (tied and targets in (["in_proj"], ["out_proj"]))
     with pytest.raises(UserError, match="merged already"):
         merge_adapters(peft_model)
+
+
+def test_a_quantized_weight_is_not_merged_into():
+    model = base()
+    peft_model = add_lora(model, ["in_proj"], r=4, alpha=8)
+    below = model.backbone.layers[1].mixer.in_proj.get_base_layer()
+    below.weight = torch.nn.Parameter(below.weight.to(torch.uint8), requires_grad=False)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    with pytest.raises(UserError, match="dequantize them first"):
+        merge_adapters(peft_model)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
 
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora"])
@@ -561,3 +574,39 @@ def test_lora_plus_gives_b_its_own_rate():
     assert rates(ours) == rates(theirs)
     assert len(set(rates(ours).values())) == 2
     assert ours.param_groups[0]["lr"] == 1e-3  # the one that is logged
+
+
+def test_a_run_stops_in_its_first_step_where_a_target_is_read_past(ids):
+    model = base()
+    add_lora(model, ["in_proj", "out_proj"], r=4, alpha=8)
+    layer = model.backbone.layers[0].mixer.out_proj
+    layer.forward = lambda x: F.linear(x, layer.base_layer.weight)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = AdamWConfig(kind="adamw", lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0)
+    scheduler = SchedulerConfig(kind="constant", warmup_fraction=0.0)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    rows = [{"input_ids": ids, "labels": ids, "seq_idx": torch.zeros_like(ids).int()}] * 2
+    with pytest.raises(UserError, match=r"2 of 8 .*layers\.0\.mixer\.out_proj"):
+        trainer.fit(
+            Mamba2Module(model, optimizer, scheduler, total_steps=2),
+            torch.utils.data.DataLoader(rows, batch_size=None),
+        )
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_same_seed_draws_the_same_bits(variant):
+    """The base too, of which PiSSA and OLoRA take their part: a run that resumes needs it."""
+    first, second = base(tie_embeddings=False), base(tie_embeddings=False)
+    add_lora(first, TARGETS, r=4, alpha=8, seed=1, **VARIANTS[variant])
+    torch.rand(7)
+    add_lora(second, TARGETS, r=4, alpha=8, seed=1, **VARIANTS[variant])
+    state = second.state_dict()
+    assert all(torch.equal(w, state[name]) for name, w in first.state_dict().items())
