@@ -15,7 +15,8 @@ from mamba2_train.model import Mamba2LM
 
 
 def coverage(model: Mamba2LM) -> Table:
-    """A row for each kind of module: how many of how many are trained and how, and the share."""
+    """A row for each kind of module: how many of how many are trained and how, and the share of
+    all parameters, LoRA's included."""
     total: dict[str, int] = defaultdict(int)
     trained: dict[str, int] = defaultdict(int)
     holders: dict[str, set[str]] = defaultdict(set)  # modules or parameters of a kind
@@ -24,7 +25,7 @@ def coverage(model: Mamba2LM) -> Table:
     for name, p in model.named_parameters():
         kind, holder, is_lora = kind_of(name), _holder(name), "lora_" in name
         holders[kind].add(holder)
-        total[kind] += 0 if is_lora else p.numel()
+        total[kind] += p.numel()
         if p.requires_grad:
             trained[kind] += p.numel()
             moving[kind].add(holder)

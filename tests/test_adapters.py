@@ -522,6 +522,8 @@ def test_the_audit_counts_what_is_trained():
     assert f"{4 * (32 + CONFIG.d_in_proj):,}" in rows["in_proj"]
     assert "LoRA, r 4" in rows["in_proj"]
     assert "1 of 2" in rows["in_proj"]
+    everything = sum(p.numel() for p in model.parameters())
+    assert f"{4 * (32 + CONFIG.d_in_proj) / everything:.2%}" in rows["in_proj"]
     assert "frozen" in rows["out_proj"]
     assert "0 of 2" in rows["out_proj"]
     assert "in full" in rows["norm"]
