@@ -12,6 +12,7 @@ from torch import nn
 from mamba2_train.adapters import KINDS, kind_of
 from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2LM
+from mamba2_train.quantization import n_elements
 
 
 def coverage(model: Mamba2LM) -> Table:
@@ -25,7 +26,7 @@ def coverage(model: Mamba2LM) -> Table:
     for name, p in model.named_parameters():
         kind, holder, is_lora = kind_of(name), _holder(name), "lora_" in name
         holders[kind].add(holder)
-        total[kind] += p.numel()
+        total[kind] += n_elements(p)
         if p.requires_grad:
             trained[kind] += p.numel()
             moving[kind].add(holder)

@@ -207,9 +207,13 @@ def is_quantized_layer(module: nn.Module) -> bool:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Of the model as it was before: 4 bits hold two in an element."""
-    shapes = [getattr(p, "quant_state", p).shape for p in model.parameters()]
-    return sum(shape.numel() for shape in shapes)
+    """Of the model as it was before quantization."""
+    return sum(map(n_elements, model.parameters()))
+
+
+def n_elements(parameter: nn.Parameter) -> int:
+    """Of the weight that a parameter stands for: 4 bits hold two in an element."""
+    return getattr(parameter, "quant_state", parameter).shape.numel()
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

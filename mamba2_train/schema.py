@@ -399,6 +399,11 @@ class TrainConfig(Group):
                 f"{chosen} freezes the weights, and adapter=full trains them: use adapter=lora, or "
                 "quantization=none"
             )
+        if self.adapter.kind == "lora" and self.adapter.init.startswith(("pissa", "olora")):
+            raise ValueError(
+                f"adapter.init={self.adapter.init} begins with the weights' own decomposition, "
+                f"which {chosen} does not have: use adapter.init=default, or quantization=none"
+            )
         if self.precision.autocast is not None:
             raise ValueError(
                 f"{chosen} computes in one dtype: use precision=bf16 or precision=fp32, not mixed"

@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 
 from mamba2_train import checkpoint
 from mamba2_train.checkpoint import load_config, load_pretrained, save_pretrained
-from mamba2_train.commands.generate import load_for_generation
+from mamba2_train.commands.generate import load_checkpoint
 from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2Config
 
@@ -366,7 +366,7 @@ def test_a_mistral_folder_brings_its_tokenizer(mistral):
     )
     (folder / "tokenizer.model.v3").write_bytes(written.getvalue())
     truth = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
-    model, tokenizer = load_for_generation(str(folder))
+    model, tokenizer, _ = load_checkpoint(str(folder))
     assert model.config.vocab_size == 64
     assert tokenizer.encode("that tea") == [truth.bos_id(), *truth.encode("that tea")]
     assert tokenizer.eos_token_id == truth.eos_id()

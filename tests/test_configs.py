@@ -142,6 +142,10 @@ def test_every_field_of_ours_can_be_overridden():
             ["data.length_grouped=true", "data.packing=none", "data.streaming=true"],
             "data: length_grouped needs all lengths",
         ),
+        (
+            ["quantization=nf4", "adapter.init=pissa"],
+            "adapter.init=pissa .*use adapter.init=default",
+        ),
         (["quantization=nf4", "adapter=full"], "adapter=full trains them: use adapter=lora"),
         (["quantization=int8", "precision=bf16-mixed"], "use precision=bf16 or precision=fp32"),
         (["quantization.kind=nf5"], r"^quantization.kind: .*'nf4', 'fp4' or 'int8' \(got 'nf5'\)"),
