@@ -39,9 +39,13 @@ def build_optimizer(
         )
     betas = config.betas
     if config.kind == "adamw":
-        return torch.optim.AdamW(
+        adamw = torch.optim.AdamW(
             groups, lr=config.lr, betas=betas, eps=config.eps, **_fastest(trainable)
         )
+        # Says that a fused step divides by a loss scale: there is none in bfloat16, and Lightning
+        # would refuse to clip before it.
+        adamw._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        return adamw
     kinds = bitsandbytes().optim
     kind = {"adamw_8bit": kinds.AdamW8bit, "paged_adamw_8bit": kinds.PagedAdamW8bit}[config.kind]
     return kind(groups, lr=config.lr, betas=betas, eps=config.eps)
