@@ -44,7 +44,7 @@ def build_optimizer(
         )
         # Says that a fused step divides by a loss scale: there is none in bfloat16, and Lightning
         # would refuse to clip before it.
-        adamw._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        adamw._step_supports_amp_scaling = False
         return adamw
     kinds = bitsandbytes().optim
     kind = {"adamw_8bit": kinds.AdamW8bit, "paged_adamw_8bit": kinds.PagedAdamW8bit}[config.kind]
