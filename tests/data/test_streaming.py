@@ -16,8 +16,7 @@ from mamba2_train.data.config import DataConfig
 from mamba2_train.data.datamodule import TextDataModule
 from mamba2_train.data.documents import build_documents
 from mamba2_train.data.loaders import ShardedSampler
-from mamba2_train.data.packing import EMPTY
-from mamba2_train.data.packing import IGNORED
+from mamba2_train.data.packing import EMPTY, IGNORED
 from mamba2_train.data.streaming import open_stream
 from mamba2_train.errors import UserError
 
