@@ -23,7 +23,7 @@ from pydantic import (
 
 from mamba2_train.data.config import DataConfig
 from mamba2_train.errors import UserError, nearest
-from mamba2_train.model import PRESETS, Checkpointing
+from mamba2_train.model import PRESETS, checkpointing_interval
 
 LORA_TARGETS = ("in_proj", "out_proj", "embeddings", "lm_head")
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -43,9 +43,17 @@ class ModelConfig(Group):
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
     preset: str | None = Field(default=None, description="shape of a model from scratch")
     tokenizer: str | None = Field(default=None, description="folder or hub id; null: the model's")
-    checkpointing: Checkpointing = Field(
-        default="none", description="what a block keeps for its backward: none, selective, full"
+    checkpointing: str = Field(
+        default="none",
+        description="what a block keeps for its backward: none (all), selective (its projections), "
+        "full (its input), every_N (full in every N-th block)",
     )
+
+    @field_validator("checkpointing")
+    @classmethod
+    def _known_checkpointing(cls, mode: str) -> str:
+        checkpointing_interval(mode)
+        return mode
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelConfig":

@@ -31,17 +31,31 @@ WIDEST_GROUP = 16384  # channels that one program of a norm holds
 launches: Counter[str] = Counter()
 
 _override: int | None = None
+_dry = False
 _settings: dict[str, dict[str, Any]] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **kw: Any) -> None:
     """Launch a Triton kernel on the device of its tensors, and count it."""
+    if _dry:
+        return
     launches[kernel.fn.__name__] += 1
     # Triton launches on the current device, which need not be where the tensors are.
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with here:
         # Said aloud because Triton 3.10 changes the default.
         kernel[grid](*args, **kw, enable_fp_fusion=True)
+
+
+@contextlib.contextmanager
+def dry_run() -> Iterator[None]:
+    """Launch nothing inside the block: what is allocated around the kernels can be counted."""
+    global _dry
+    before, _dry = _dry, True
+    try:
+        yield
+    finally:
+        _dry = before
 
 
 def architecture(device: torch.device) -> int:
@@ -145,7 +159,9 @@ def fits_descriptor(tensor: Tensor) -> bool:
         for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
         if size > 1
     ]
-    aligned = tensor.data_ptr() % 16 == 0 and all(s % 16 == 0 and 0 < s < 2**40 for s in strides)
+    # nothing to ask of a tensor that exists in a dry run alone
+    start = 0 if _dry else tensor.data_ptr()
+    aligned = start % 16 == 0 and all(s % 16 == 0 and 0 < s < 2**40 for s in strides)
     return aligned and tensor.stride(-1) == 1
 
 
