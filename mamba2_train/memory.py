@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mamba2_kernels.launch import dry_run
 
+_peaks_within: dict[tuple[Any, ...], int] = {}  # of the custom ops, by what they were given
+
 
 class LiveMemory(TorchDispatchMode):
     """Counts the storages made while it is entered: `live` bytes now, `peak` since `restart`."""
@@ -33,7 +35,6 @@ class LiveMemory(TorchDispatchMode):
         self.live = self.peak = 0
         self.gpu = gpu
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._within: dict[Any, int] = {}
 
     def restart(self) -> int:
         """Begin a new peak; returns the last."""
@@ -71,10 +72,10 @@ class LiveMemory(TorchDispatchMode):
             return tuple(t.shape), t.stride(), t.dtype
 
         leaves = tree_leaves(tree_map_only(Tensor, sketch, (args, kwargs)))
-        key = (name, *leaves)
-        if key not in self._within:
-            self._within[key] = _peak_of(name, args, kwargs, gpu=self.gpu)
-        return self._within[key]
+        key = (name, self.gpu, *leaves)
+        if key not in _peaks_within:
+            _peaks_within[key] = _peak_of(name, args, kwargs, gpu=self.gpu)
+        return _peaks_within[key]
 
 
 def _peak_of(name: str, args: tuple[Any, ...], kwargs: Any, *, gpu: bool) -> int:

@@ -305,7 +305,9 @@ class Mamba2Block(nn.Module):
         if op is torch.ops.aten.mm.default or op is torch.ops.aten.addmm.default:
             inner, width = args[-1].shape
             d_model, d_inner = self.mixer.config.d_model, self.mixer.config.d_inner
-            needed = inner != d_inner or width != d_model or type(self.mixer.out_proj) is not nn.Linear
+            needed = (
+                inner != d_inner or width != d_model or type(self.mixer.out_proj) is not nn.Linear
+            )
             if inner >= d_model and needed:
                 return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE

@@ -26,6 +26,7 @@ The peak is the largest of them. Arithmetic adds what is not in the model:
 Rows are taken as full and every token as labelled: the most that a batch can be.
 """
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -58,7 +59,6 @@ PRECISIONS = {  # name of configs/precision -> its settings
     "bf16": {"weights": "bfloat16", "autocast": None},
 }
 MODES = ("none", "selective", "full", "every_2")
-STRATEGIES = ("single", "ddp", "fsdp", "tp")
 PROJECTIONS = ("in_proj", "out_proj")  # what quantization stores otherwise
 
 Adapt = Callable[[Mamba2LM, TrainConfig], Any]
@@ -111,14 +111,31 @@ class Plan:
         self, config: TrainConfig, shape: Mamba2Config, adapt: Adapt, *, gpu: bool = True
     ) -> None:
         self.config, self.shape, self.adapt, self.gpu = config, shape, adapt, gpu
-        self.model = _built(config, shape, adapt)
+        self._moments: dict[tuple[Any, ...], Moments] = {}
+        self._sliced: dict[int, Plan] = {}
+        self._build()
+
+    def _build(self) -> None:
+        self.model = _built(self.config, self.shape, self.adapt)
         parameters = list(self.model.parameters())
         self.trained = [p for p in parameters if p.requires_grad]
         if not self.trained:
             raise UserError("nothing is trained: there is no step to plan; choose an adapter")
         self.n_parameters = sum(p.numel() for p in parameters)
         self.n_trained = sum(p.numel() for p in self.trained)
-        self._moments: dict[int, Moments] = {}
+
+    def of(self, config: TrainConfig) -> "Plan":
+        """The plan of another run, with what is known already of the same model."""
+        other = copy.copy(self)
+        other.config = config
+        if (config.adapter, config.precision.weights) != (
+            self.config.adapter,
+            self.config.precision.weights,
+        ):
+            other._moments = {}
+            other._build()
+        other._sliced = {n: sliced.of(config) for n, sliced in self._sliced.items()}
+        return other
 
     def memory(self, strategy: str = "single", n: int = 1) -> Memory:
         """Of each of the `n` processes of a strategy.
@@ -127,8 +144,10 @@ class Plan:
             UserError: heads that cannot be divided over the processes.
         """
         if strategy == "tp":
-            sliced = Plan(self.config, _Sliced.of(self.shape, n), self.adapt, gpu=self.gpu)
-            return dataclasses.replace(sliced.memory(), strategy=strategy)
+            if n not in self._sliced:
+                shape = _Sliced.of(self.shape, n)
+                self._sliced[n] = Plan(self.config, shape, self.adapt, gpu=self.gpu)
+            return dataclasses.replace(self._sliced[n].memory(), strategy=strategy)
         m = self._step()
         optimizer, update = _optimizer_bytes(self.config.optimizer.kind, self.trained, self.gpu)
         saved, product = self._quantized()
@@ -155,9 +174,7 @@ class Plan:
             weights, gradients, optimizer = (b / n for b in (weights, gradients, optimizer))
         at = max(peaks, key=lambda name: peaks[name])
         logits = m.loss - m.weights - m.gradients - m.activations
-        return Memory(
-            strategy, weights, gradients, optimizer, m.activations, logits, peaks[at], at
-        )
+        return Memory(strategy, weights, gradients, optimizer, m.activations, logits, peaks[at], at)
 
     def flops(self) -> tuple[float, float]:
         """Of one token: its forward pass, and its whole step with what is computed twice."""
@@ -193,25 +210,24 @@ class Plan:
         return Moments(
             *(
                 a + times * (b - a)
-                for a, b in zip(
-                    dataclasses.astuple(few), dataclasses.astuple(more), strict=True
-                )
+                for a, b in zip(dataclasses.astuple(few), dataclasses.astuple(more), strict=True)
             )
         )
 
     def _of_first(self, n_layers: int) -> Moments:
         """The moments of a step of the first blocks, all others left out."""
-        if n_layers not in self._moments:
-            c = self.config
-            self._moments[n_layers] = simulated(
-                _first(self.model, n_layers),
-                rows=c.data.batch_size,
-                seq_len=c.data.seq_len,
-                autocast=c.precision.autocast is not None,
-                checkpointing=c.model.checkpointing,
-                gpu=self.gpu,
-            )
-        return self._moments[n_layers]
+        c = self.config
+        settings = {
+            "rows": c.data.batch_size,
+            "seq_len": c.data.seq_len,
+            "autocast": c.precision.autocast is not None,
+            "checkpointing": c.model.checkpointing,
+        }
+        key = (n_layers, *settings.values())
+        if key not in self._moments:
+            model = _first(self.model, n_layers)
+            self._moments[key] = simulated(model, **settings, gpu=self.gpu)
+        return self._moments[key]
 
     def _quantized(self) -> tuple[float, float]:
         """Bytes that quantization saves of the weights, and those of one weight for a product."""
@@ -227,7 +243,7 @@ class Plan:
         return saved, product
 
     def _gathered(self) -> float:
-        """Bytes that FSDP holds whole: two blocks, the gradients of one, and what is in no block."""
+        """Bytes that FSDP holds whole: two blocks, a block's gradients, what is in no block."""
         size = 2 if self.config.precision.autocast else None
         layers = self.model.backbone.layers
         block = sum(p.numel() * (size or p.element_size()) for p in layers[0].parameters())
@@ -239,6 +255,60 @@ class Plan:
             + sum(p.numel() * (size or p.element_size()) for p in trained)
             + sum(p.numel() * (size or p.element_size()) for p in rest)
         )
+
+
+def strategies(n_gpus: int) -> tuple[str, ...]:
+    return ("single",) if n_gpus == 1 else ("ddp", "fsdp", "tp")
+
+
+def variants(config: TrainConfig) -> Iterator[tuple[str, str, TrainConfig]]:
+    """The run in every precision and checkpointing mode that it may have."""
+    for precision, mode in itertools.product(PRECISIONS, MODES):
+        values = config.model_dump(by_alias=True)
+        values["precision"] = PRECISIONS[precision]
+        values["model"]["checkpointing"] = mode
+        with contextlib.suppress(ValueError):
+            yield precision, mode, type(config).model_validate(values)
+
+
+def cure(
+    plan: Plan, fits: Callable[[Memory], bool], n_gpus: int = 1
+) -> tuple[dict[str, str], Memory] | None:
+    """The cheapest flags with which a run fits, and what it then takes; None if none do."""
+
+    def memory(changed: TrainConfig, strategy: str) -> Memory:
+        return plan.of(changed).memory(strategy, n_gpus)
+
+    candidates = list(smaller(plan.config, n_gpus))
+    # the last has every flag at its strongest: where that is too much, all are
+    if not fits(memory(*candidates[-1][1:])):
+        return None
+    found = ((flags, memory(*run)) for flags, *run in candidates)
+    return next((flags, m) for flags, m in found if fits(m))
+
+
+def shortage(plan: Plan, free: int, n_gpus: int = 1) -> str | None:
+    """One line for a run that is likely to exceed the `free` bytes of a GPU, with the cure."""
+
+    def fits(memory: Memory) -> bool:
+        return memory.peak <= free * (1 - UNUSABLE)
+
+    needed = plan.memory(strategies(n_gpus)[0], n_gpus)
+    if fits(needed):
+        return None
+    found = cure(plan, fits, n_gpus)
+    if found is None:
+        instead = "no flags make it fit: take a larger GPU"
+    else:
+        instead = f"{shown(found[0])} would take {found[1].peak / GB:.1f}"
+    return (
+        f"this run is likely to need {needed.peak / GB:.1f} GB of the GPU, which has "
+        f"{free / GB:.1f} free; {instead}"
+    )
+
+
+def shown(flags: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in flags.items())
 
 
 def simulated(
@@ -329,7 +399,7 @@ def smaller(config: TrainConfig, n_gpus: int) -> Iterator[tuple[dict[str, str], 
 
 def _changed(config: TrainConfig, flags: dict[str, str]) -> TrainConfig | None:
     """The run with these flags, or None if there is no such run."""
-    values = config.model_dump()
+    values = config.model_dump(by_alias=True)
     for key, value in flags.items():
         group, _, field = key.partition(".")
         if group == "precision":
@@ -443,9 +513,7 @@ def _optimizer_bytes(kind: str, trained: list[nn.Parameter], gpu: bool) -> tuple
         return 4 * sum(sums), 3 * max(sizes)
     if kind == "muon":
         # one moment of a matrix, in its own dtype; its orthogonalisation holds some in bfloat16
-        state = sum(
-            s if p.dim() == 2 else 2 * s for p, s in zip(trained, sizes, strict=True)
-        )
+        state = sum(s if p.dim() == 2 else 2 * s for p, s in zip(trained, sizes, strict=True))
         return state, 3 * max(sizes)
     # all square roots at once on a GPU; on a CPU one weight at a time, as a root and as a quotient
     return 2 * sum(sizes), sum(sizes) if gpu else 2 * max(sizes)

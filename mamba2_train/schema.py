@@ -241,6 +241,22 @@ class TrainConfig(Group):
         return self
 
 
+class PlanSettings(Group):
+    """What `mamba2-plan` plans for."""
+
+    gpus: PositiveInt = Field(default=1, description="GPUs that share the run")
+    sizes: list[Annotated[float, Field(gt=0, le=1000)]] = Field(
+        default=[24, 40, 80], min_length=1, description="memory of one GPU, GB"
+    )
+    json_file: Path | None = Field(default=None, alias="json", description="for other tools")
+
+
+class PlanConfig(TrainConfig):
+    """A run of `mamba2-plan`: that of `mamba2-train`, not started."""
+
+    plan: PlanSettings = PlanSettings()
+
+
 class GenerateConfig(Group):
     """A run of `mamba2-generate`."""
 
