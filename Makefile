@@ -20,8 +20,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## our ops beside transformers', checked first
+bench: $(VENV)/.dev  ## our ops beside transformers', checked first; what checkpointing holds
 	$(BIN)/python -m mamba2_kernels.benchmark
+	$(BIN)/python -m mamba2_train.benchmark
 
 gpu: $(VENV)/.dev  ## what only a GPU can tell, in at most 8 minutes: gpu.json
 	$(BIN)/python .ci/gpu gpu.json

@@ -88,8 +88,10 @@ def _peak_of(name: str, args: tuple[Any, ...], kwargs: Any, *, gpu: bool) -> int
             fake = stack.enter_context(FakeTensorMode())
             args = tree_map_only(Tensor, fake.from_tensor, args)
         count = stack.enter_context(LiveMemory(gpu=gpu))
+        count.add(*(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
+        before = count.live
         OPDEFS[name]._init_fn(*args, **kwargs)
-        return count.peak
+        return count.peak - before
 
 
 @contextlib.contextmanager

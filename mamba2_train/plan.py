@@ -217,7 +217,7 @@ class Plan:
     def _of_first(self, n_layers: int) -> Moments:
         """The moments of a step of the first blocks, all others left out."""
         c = self.config
-        settings = {
+        settings: dict[str, Any] = {
             "rows": c.data.batch_size,
             "seq_len": c.data.seq_len,
             "autocast": c.precision.autocast is not None,
@@ -264,7 +264,7 @@ def strategies(n_gpus: int) -> tuple[str, ...]:
 def variants(config: TrainConfig) -> Iterator[tuple[str, str, TrainConfig]]:
     """The run in every precision and checkpointing mode that it may have."""
     for precision, mode in itertools.product(PRECISIONS, MODES):
-        values = config.model_dump(by_alias=True)
+        values = config.model_dump()
         values["precision"] = PRECISIONS[precision]
         values["model"]["checkpointing"] = mode
         with contextlib.suppress(ValueError):
@@ -272,37 +272,36 @@ def variants(config: TrainConfig) -> Iterator[tuple[str, str, TrainConfig]]:
 
 
 def cure(
-    plan: Plan, fits: Callable[[Memory], bool], n_gpus: int = 1
+    plan: Plan, fits: Callable[[Memory], bool], strategy: str = "single", n: int = 1
 ) -> tuple[dict[str, str], Memory] | None:
     """The cheapest flags with which a run fits, and what it then takes; None if none do."""
-
-    def memory(changed: TrainConfig, strategy: str) -> Memory:
-        return plan.of(changed).memory(strategy, n_gpus)
-
-    candidates = list(smaller(plan.config, n_gpus))
+    candidates = [
+        (flags, plan.of(changed))
+        for flags, changed in smaller(plan.config)
+        if strategy != "fsdp" or _can_be_sharded(changed)
+    ]
     # the last has every flag at its strongest: where that is too much, all are
-    if not fits(memory(*candidates[-1][1:])):
+    if not candidates or not fits(candidates[-1][1].memory(strategy, n)):
         return None
-    found = ((flags, memory(*run)) for flags, *run in candidates)
-    return next((flags, m) for flags, m in found if fits(m))
+    found = ((flags, changed.memory(strategy, n)) for flags, changed in candidates)
+    return next((flags, memory) for flags, memory in found if fits(memory))
 
 
-def shortage(plan: Plan, free: int, n_gpus: int = 1) -> str | None:
+def shortage(plan: Plan, free: int, strategy: str = "single") -> str | None:
     """One line for a run that is likely to exceed the `free` bytes of a GPU, with the cure."""
 
     def fits(memory: Memory) -> bool:
-        return memory.peak <= free * (1 - UNUSABLE)
+        return memory.on_gpu <= free
 
-    needed = plan.memory(strategies(n_gpus)[0], n_gpus)
+    needed = plan.memory(strategy)
     if fits(needed):
         return None
-    found = cure(plan, fits, n_gpus)
-    if found is None:
-        instead = "no flags make it fit: take a larger GPU"
-    else:
-        instead = f"{shown(found[0])} would take {found[1].peak / GB:.1f}"
+    found = cure(plan, fits, strategy)
+    instead = "no flags make it fit: take a larger GPU"
+    if found is not None:
+        instead = f"{shown(found[0])} would need {found[1].on_gpu / GB:.1f}"
     return (
-        f"this run is likely to need {needed.peak / GB:.1f} GB of the GPU, which has "
+        f"this run is likely to need {needed.on_gpu / GB:.1f} GB of a GPU that has "
         f"{free / GB:.1f} free; {instead}"
     )
 
@@ -354,6 +353,7 @@ def simulated(
         for p in trained:
             p.grad = None
         del hidden, chosen
+        count.restart()
         loss.backward()
         mark()
     head, bottom = peaks[0], peaks[-1]
@@ -366,8 +366,8 @@ def quantization_of(config: TrainConfig) -> str:
     return getattr(getattr(config, "quantization", None), "kind", "none")
 
 
-def smaller(config: TrainConfig, n_gpus: int) -> Iterator[tuple[dict[str, str], TrainConfig, str]]:
-    """Flags that save memory, the run they make and its strategy; the cheapest combination first.
+def smaller(config: TrainConfig) -> Iterator[tuple[dict[str, str], TrainConfig]]:
+    """Flags that save memory and the run that they make, the cheapest combination first.
 
     What they cost is time or digits: checkpointing repeats work, a small batch leaves a GPU idle,
     8 and 4 bits round.
@@ -377,7 +377,7 @@ def smaller(config: TrainConfig, n_gpus: int) -> Iterator[tuple[dict[str, str], 
     batch, accumulate = config.data.batch_size, config.trainer.accumulate
     levers: list[list[tuple[float, dict[str, str]]]] = [
         [(i - strength, {"model.checkpointing": m}) for i, m in enumerate(modes) if i > strength],
-        [(1, {"precision": name}) for name in ("bf16", "bf16-mixed")],
+        [(1, {"precision": "bf16-mixed" if config.adapter.kind == "full" else "bf16"})],
         [
             (
                 1.5 * i,
@@ -387,19 +387,22 @@ def smaller(config: TrainConfig, n_gpus: int) -> Iterator[tuple[dict[str, str], 
         ],
         [(2, {"optimizer": "adamw_8bit"})],
         [(3, {"quantization": "nf4"})],
-        [(2.5, {"strategy": "fsdp"})] if n_gpus > 1 else [],
     ]
     choices = itertools.product(*([(0.0, {}), *lever] for lever in levers))
     for chosen in sorted(choices, key=lambda options: sum(cost for cost, _ in options)):
         flags = {key: value for _, option in chosen for key, value in option.items()}
-        strategy = flags.get("strategy", "single" if n_gpus == 1 else "ddp")
         if (changed := _changed(config, flags)) is not None:
-            yield flags, changed, strategy
+            yield flags, changed
+
+
+def _can_be_sharded(config: TrainConfig) -> bool:
+    """bitsandbytes' optimizers and int8 weights know no shards."""
+    return not config.optimizer.kind.endswith("8bit") and quantization_of(config) != "int8"
 
 
 def _changed(config: TrainConfig, flags: dict[str, str]) -> TrainConfig | None:
     """The run with these flags, or None if there is no such run."""
-    values = config.model_dump(by_alias=True)
+    values = config.model_dump()
     for key, value in flags.items():
         group, _, field = key.partition(".")
         if group == "precision":
@@ -411,7 +414,7 @@ def _changed(config: TrainConfig, flags: dict[str, str]) -> TrainConfig | None:
             if values.get(group, {}).get("kind") == value:
                 return None
             values[group] = values.get(group, {}) | {"kind": value}
-        elif group != "strategy":
+        else:
             values[group][field] = value
     try:
         return type(config).model_validate(values)

@@ -248,7 +248,7 @@ class PlanSettings(Group):
     sizes: list[Annotated[float, Field(gt=0, le=1000)]] = Field(
         default=[24, 40, 80], min_length=1, description="memory of one GPU, GB"
     )
-    json_file: Path | None = Field(default=None, alias="json", description="for other tools")
+    out: Path | None = Field(default=None, description="a JSON file for other tools")
 
 
 class PlanConfig(TrainConfig):

@@ -2,7 +2,7 @@
 
 mamba2-plan model.source=state-spaces/mamba2-2.7b precision=bf16 data.seq_len=2048
 mamba2-plan model.source=mistralai/Mamba-Codestral-7B-v0.1 adapter=full plan.gpus=8
-mamba2-plan --config-name RECIPE +plan.gpus=8 +plan.json=plan.json
+mamba2-plan --config-name RECIPE +plan.gpus=8 +plan.out=plan.json
 """
 
 import contextlib
@@ -46,9 +46,9 @@ def main(config: PlanConfig) -> None:
         f"{UNUSABLE:.0%} left to the driver and the allocator's holes.[/]",
         soft_wrap=True,
     )
-    if config.plan.json_file is not None:
+    if config.plan.out is not None:
         _write(
-            config.plan.json_file,
+            config.plan.out,
             {
                 "parameters": plan.n_parameters,
                 "trained": plan.n_trained,
@@ -82,9 +82,7 @@ def possible(plan: Plan, n: int) -> list[Memory]:
 
 def _breakdown(rows: list[Memory]) -> Table:
     columns = ("weights", "gradients", "optimizer", "activations", "logits", "peak", "on_gpu")
-    table = Table(
-        "GB on each GPU", *columns[:-1], "when", "on the GPU", box=None, padding=(0, 2, 1, 0)
-    )
+    table = Table("GB", *columns[:-1], "at", "on GPU", box=None, padding=(0, 1, 1, 0))
     for m in rows:
         *parts, on_gpu = (f"{getattr(m, name) / GB:.2f}" for name in columns)
         table.add_row(m.strategy, *parts, m.at, f"[bold]{on_gpu}[/]")
@@ -108,14 +106,16 @@ def _answer(plan: Plan, n: int, size: float, rows: list[Memory]) -> str:
     if fitting:
         ways = ", ".join(f"{m.strategy} {m.on_gpu / GB:.1f}" for m in fitting)
         return f"{size:g} GB: yes ({ways})"
-    found = cure(plan, lambda m: m.fits(size), n)
-    if found is None:
-        return f"{size:g} GB: no, with no flags"
-    return f"{size:g} GB: no; yes with {shown(found[0])} ({found[1].on_gpu / GB:.1f})"
+    for strategy in strategies(n):
+        with contextlib.suppress(UserError):
+            if found := cure(plan, lambda m: m.fits(size), strategy, n):
+                flags, memory = found
+                return f"{size:g} GB: no; {strategy} with {shown(flags)} ({memory.on_gpu / GB:.1f})"
+    return f"{size:g} GB: no, with no flags"
 
 
 def _write(file: Path, figures: dict[str, object]) -> None:
     try:
         file.write_text(json.dumps(figures, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"plan.json={file} cannot be written: {error.strerror}") from error
+        raise UserError(f"plan.out={file} cannot be written: {error.strerror}") from error
