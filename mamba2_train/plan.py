@@ -169,8 +169,8 @@ class Plan:
             for at in peaks:
                 # at head and top few gradients are there yet: none are subtracted
                 present = 0 if at in ("head", "top") else gradients
-                peaks[at] -= away * (weights + optimizer + present)
-                peaks[at] += whole if at != "update" else 0
+                peaks[at] += whole - away * (weights + optimizer + present)
+            peaks["update"] = (weights + gradients + optimizer + update) / n
             weights, gradients, optimizer = (b / n for b in (weights, gradients, optimizer))
         at = max(peaks, key=lambda name: peaks[name])
         logits = m.loss - m.weights - m.gradients - m.activations
@@ -377,7 +377,7 @@ def smaller(config: TrainConfig) -> Iterator[tuple[dict[str, str], TrainConfig]]
     batch, accumulate = config.data.batch_size, config.trainer.accumulate
     levers: list[list[tuple[float, dict[str, str]]]] = [
         [(i - strength, {"model.checkpointing": m}) for i, m in enumerate(modes) if i > strength],
-        [(1, {"precision": "bf16-mixed" if config.adapter.kind == "full" else "bf16"})],
+        [(1.2, {"precision": "bf16-mixed" if config.adapter.kind == "full" else "bf16"})],
         [
             (
                 1.5 * i,

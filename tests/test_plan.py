@@ -21,13 +21,13 @@ from mamba2_train.schema import PlanConfig, validated
 
 SMALL = Mamba2Config(d_model=256, n_layers=6, vocab_size=4096, d_state=64, headdim=32)
 WIDE = Mamba2Config(d_model=512, n_layers=4, vocab_size=8192, d_state=64)
-DEEP = Mamba2Config(d_model=128, n_layers=16, vocab_size=4096, d_state=32, headdim=32)
-ROWS = ["data.batch_size=4", "data.seq_len=256"]
-LONG = ["data.batch_size=2", "data.seq_len=512"]
+DEEP = Mamba2Config(d_model=128, n_layers=12, vocab_size=4096, d_state=32, headdim=32)
+ROWS = ["data.batch_size=4", "data.seq_len=128"]
+LONG = ["data.batch_size=1", "data.seq_len=512"]
 RUNS = [
     (SMALL, ["adapter=full", *ROWS]),
     (WIDE, ["adapter=lora", "model.checkpointing=selective", *LONG]),
-    (DEEP, ["adapter=full", "model.checkpointing=full", "data.batch_size=4", "data.seq_len=512"]),
+    (DEEP, ["adapter=full", "model.checkpointing=full", "data.batch_size=3", "data.seq_len=384"]),
 ]
 IN_16_BITS = [
     (SMALL, ["adapter=lora", "precision=bf16", "model.checkpointing=every_2", *ROWS]),
@@ -128,8 +128,8 @@ def test_quantized_projections_are_counted_as_stored(monkeypatch):
     monkeypatch.undo()
     plain = plan.memory()
     assert plain.weights - quantized.weights == pytest.approx((2 - BITS4) * projections)
-    # less what is saved, more the one weight that is dequantized at the time
-    largest = 2 * WIDE.d_model * WIDE.d_in_proj
+    # and one weight is dequantized at a time, in the blocks
+    largest = 2 * WIDE.d_model * WIDE.d_in_proj if quantized.at in ("forward", "top") else 0
     assert plain.peak - quantized.peak == pytest.approx((2 - BITS4) * projections - largest)
 
 
@@ -140,6 +140,8 @@ def test_strategies_divide_what_they_say():
     for name in ("weights", "gradients", "optimizer"):
         assert getattr(fsdp, name) == getattr(single, name) / 4
     assert fsdp.activations == single.activations
+    many = plan.memory("fsdp", 10**6).peak  # nothing but activations, and what is whole for a time
+    assert single.activations + single.logits < many < fsdp.peak
     assert fsdp.peak < single.peak
     # projections, convolution and heads are divided (B and C, of one group, are not)
     c, rest = WIDE, WIDE.vocab_size * WIDE.d_model
@@ -152,7 +154,7 @@ def test_strategies_divide_what_they_say():
 
 
 def test_checkpointing_and_precision_order_as_they_should():
-    plan = planned(SMALL, "adapter=lora", *ROWS)
+    plan = planned(dataclasses.replace(SMALL, n_layers=4), "adapter=lora", *ROWS)
     peaks = {(p, m): plan.of(c).memory().activations for p, m, c in variants(plan.config)}
     assert len(peaks) == 12
     for precision in ("fp32", "bf16"):
@@ -188,7 +190,7 @@ def test_flops():
 
 
 def test_cure_is_the_cheapest_that_fits():
-    plan = planned(SMALL, "adapter=full", *ROWS)
+    plan = planned(dataclasses.replace(SMALL, n_layers=4), "adapter=full", *ROWS)
     taken = []
     for flags in ("selective", "full"):
         changed = plan.config.model_copy(
