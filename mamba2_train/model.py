@@ -17,9 +17,10 @@ them is heard.
 Shapes in comments: b batch, t position, h head, p headdim, g group, n d_state.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -279,7 +280,8 @@ class Mamba2Block(nn.Module):
         dtype: torch.dtype,
     ) -> tuple[Tensor, LayerState | None]:
         # narrowed before it is checkpointed: what is kept is then half of an fp32 residual stream
-        out, state = self._checkpointed()(x.to(dtype), seq_idx, state, return_state)
+        with _uncached_autocast():
+            out, state = self._checkpointed()(x.to(dtype), seq_idx, state, return_state)
         return x + out, state
 
     def step(self, x: Tensor, state: LayerState, *, dtype: torch.dtype) -> Tensor:
@@ -523,6 +525,21 @@ def checkpointing_interval(mode: str) -> int:
             f"checkpointing is {mode!r}; choose none, selective, full or every_2, every_3, ..."
         )
     return int(every[1]) if every else 1
+
+
+@contextlib.contextmanager
+def _uncached_autocast() -> Iterator[None]:
+    """Let autocast narrow each weight anew, and forget it.
+
+    A block uses a weight once, so its cache saves nothing, holds a copy of all blocks until the
+    forward pass is over, and makes a repeated block differ from the first run of it.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _output_and_state(result: Any, has_state: bool) -> tuple[Tensor, Any]:

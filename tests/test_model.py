@@ -436,6 +436,21 @@ def test_checkpointing_changes_no_number_of_lora_with_dropout(small_config, rand
             assert torch.equal(grad, results["none"][2][name]), name
 
 
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_checkpointing_with_two_passes_under_one_autocast(model, mode):
+    """The second finds no weight that the first has narrowed: it could not be repeated."""
+    ids = tokens(2, 20)
+    model = model.float()
+    results = []
+    for now in ("none", mode):
+        model.set_checkpointing(now)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids).loss + model(ids[:1], labels=ids[:1]).loss
+        results.append(gradients(loss, model))
+    for name, grad in results[1].items():
+        assert torch.equal(grad, results[0][name]), name
+
+
 @pytest.mark.parametrize("mode", ["some", "every_0", "every_", "every_2.5", ""])
 def test_checkpointing_modes_that_do_not_exist(model, mode):
     with pytest.raises(ValueError, match=f"is '{mode}'; choose none, selective, full or every_2"):

@@ -141,7 +141,8 @@ def test_strategies_divide_what_they_say():
         assert getattr(fsdp, name) == getattr(single, name) / 4
     assert fsdp.activations == single.activations
     many = plan.memory("fsdp", 10**6).peak  # nothing but activations, and what is whole for a time
-    assert single.activations + single.logits < many < fsdp.peak
+    transient = single.activations + single.logits
+    assert transient < many < min(fsdp.peak, 1.05 * (transient + plan._gathered()))
     assert fsdp.peak < single.peak
     # projections, convolution and heads are divided (B and C, of one group, are not)
     c, rest = WIDE, WIDE.vocab_size * WIDE.d_model
