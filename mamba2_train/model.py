@@ -305,12 +305,11 @@ class Mamba2Block(nn.Module):
         d_model numbers (an adapter's second) costs less than its room.
         """
         if op is torch.ops.aten.mm.default or op is torch.ops.aten.addmm.default:
-            inner, width = args[-1].shape
-            d_model, d_inner = self.mixer.config.d_model, self.mixer.config.d_inner
-            needed = (
-                inner != d_inner or width != d_model or type(self.mixer.out_proj) is not nn.Linear
-            )
-            if inner >= d_model and needed:
+            (inner, width), c = args[-1].shape, self.mixer.config
+            is_last = (inner, width) == (c.d_inner, c.d_model)
+            # an adapted layer is a module of modules
+            is_last &= next(self.mixer.out_proj.children(), None) is None
+            if inner >= c.d_model and not is_last:
                 return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -333,8 +333,7 @@ def simulated(
     for i in {n_layers - 1, n_layers - period - 1, period - 1}:
         if 0 <= i < n_layers:
             model.backbone.layers[i].register_forward_hook(mark_backward)
-    # the run's own random numbers stay what they would be
-    with torch.random.fork_rng(devices=[]), counted(gpu=gpu) as count:
+    with counted(gpu=gpu) as count:
         trained = _materialized(model, gpu=gpu)
         weights = count.live
         for p in trained:

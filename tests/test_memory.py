@@ -140,3 +140,13 @@ def test_selective_keeps_in_proj_and_input(random_model):
     )
     numbers = SHAPE.d_model + SHAPE.d_in_proj
     assert more - few == pytest.approx(4 * TOKENS.numel() * numbers, rel=0.01)
+
+
+def test_selective_keeps_an_adapted_out_proj_and_no_adapter_s_product(random_model):
+    sizes = []
+    for n in (2, 3):
+        model = random_model(dataclasses.replace(SHAPE, n_layers=n))
+        add_lora(model, ["in_proj", "out_proj"], r=8, alpha=16)
+        sizes.append(held(model, "selective", TOKENS))
+    numbers = SHAPE.d_model + SHAPE.d_in_proj + SHAPE.d_model + 2 * 8  # and two of A's
+    assert sizes[1] - sizes[0] == pytest.approx(4 * TOKENS.numel() * numbers, rel=0.01)
