@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from mamba2_train.commands import extend_hydra
 from mamba2_train.commands.plan import known_shape
-from mamba2_train.commands.train import adapt
+from mamba2_train.commands.train import adapt, warn_of_memory
 from mamba2_train.errors import UserError
 from mamba2_train.model import PRESETS, Mamba2Config
 from mamba2_train.plan import BITS4, CONTEXT, GB, Plan, _optimizer_bytes, cure, shortage, variants
@@ -215,6 +215,24 @@ def test_a_run_that_will_not_fit_is_announced():
     assert f"has {free / GB:.1f} free" in line
     assert "model.checkpointing=selective would need" in line
     assert "take a larger GPU" in shortage(plan, int(CONTEXT))
+
+
+def test_a_run_on_a_gpu_warns_before_it_begins(monkeypatch, caplog):
+    config = configured("adapter=full", *ROWS)
+    warn_of_memory(config, SMALL)
+    assert not caplog.records  # on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(80 * GB), int(80 * GB)))
+    warn_of_memory(config, SMALL)
+    assert not caplog.records
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(0.7 * GB), int(80 * GB)))
+    warn_of_memory(config, SMALL)
+    (record,) = caplog.records
+    assert "0.7 free; model.checkpointing=selective" in record.message
+    monkeypatch.setenv("RANK", "1")
+    warn_of_memory(config, SMALL)
+    assert len(caplog.records) == 1
 
 
 def test_planning_draws_no_random_numbers():
