@@ -64,7 +64,7 @@ def test_every_recipe_opens_with_its_launch_line(name):
 
 
 def test_generate_composes():
-    assert validated(GenerateConfig, composed(name="generate")).checkpoint == "embedded"
+    assert validated(GenerateConfig, composed("prompt=a", name="generate")).checkpoint == "embedded"
 
 
 def test_every_field_of_ours_can_be_overridden():
