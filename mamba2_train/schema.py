@@ -286,6 +286,40 @@ class GenerateConfig(Group):
         return self
 
 
+class EvaluateConfig(Group):
+    """A run of `mamba2-eval`."""
+
+    checkpoint: str = Field(description="'embedded', a folder, a hub id, an adapter or a run")
+    against: str | None = Field(
+        description="what stands beside it: base (of an adapter, its base), or another checkpoint"
+    )
+    data: DataConfig
+    dtype: Literal["float32"] | None = Field(
+        description="float32: widen the weights, as training does; null: as they are stored"
+    )
+    part: Literal["held_out", "all"] = Field(
+        description="held_out: what a training run on these data holds out; all: every row"
+    )
+    segment_len: PositiveInt = Field(description="most tokens of a document in one pass")
+    batch_tokens: PositiveInt = Field(description="most tokens of all documents in one pass")
+    tasks: list[str] = Field(description="tasks of the lm-evaluation-harness, instead of the data")
+    task_path: Path | None = Field(description="a folder with tasks of your own")
+    num_fewshot: NonNegativeInt | None
+    limit: PositiveInt | None = Field(description="questions of each task")
+    batch_size: PositiveInt = Field(description="of the tasks")
+    out: Path | None = Field(description="a .json to write")
+    plot: Path | None = Field(description="loss by position: a .png, .svg or .pdf")
+    debug: bool
+
+    @model_validator(mode="after")
+    def _plottable(self) -> "EvaluateConfig":
+        if self.plot is not None and self.plot.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"plot={self.plot} is of no kind that is drawn: .png, .svg or .pdf")
+        if self.plot is not None and self.tasks:
+            raise ValueError("tasks have no loss by position: remove plot, or tasks")
+        return self
+
+
 def validated(schema: type[Group], values: dict[str, Any]) -> Any:
     """`values` as a `schema`, or a UserError that names the path of each fault and the cure."""
     try:

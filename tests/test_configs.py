@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from mamba2_train.commands import _quoted, extend_hydra
 from mamba2_train.errors import UserError
-from mamba2_train.schema import GenerateConfig, TrainConfig, validated
+from mamba2_train.schema import EvaluateConfig, GenerateConfig, TrainConfig, validated
 
 ROOT = Path(__file__).parent.parent
 GROUPS = sorted(p.relative_to(ROOT / "configs") for p in (ROOT / "configs").glob("*/*.yaml"))
@@ -65,6 +65,10 @@ def test_every_recipe_opens_with_its_launch_line(name):
 
 def test_generate_composes():
     assert validated(GenerateConfig, composed("prompt=a", name="generate")).checkpoint == "embedded"
+
+
+def test_evaluate_composes():
+    assert validated(EvaluateConfig, composed(name="evaluate")).against == "base"
 
 
 def test_every_field_of_ours_can_be_overridden():

@@ -11,9 +11,14 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from mamba2_train.commands import extend_hydra
-from mamba2_train.schema import GenerateConfig, TrainConfig, validated
+from mamba2_train.schema import EvaluateConfig, GenerateConfig, TrainConfig, validated
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = {
+    "mamba2-train": ("train", TrainConfig),
+    "mamba2-generate": ("generate", GenerateConfig),
+    "mamba2-eval": ("evaluate", EvaluateConfig),
+}
 PAGES = ["README.md", "recipes/README.md", "mamba2_train/assets/README.md"]
 BLOCKS = [
     (page, language, body)
@@ -35,7 +40,7 @@ LINES = [
 )
 def test_commands_compose(page, line):
     words = shlex.split(line)
-    name = "generate" if words[0] == "mamba2-generate" else "train"
+    name, schema = COMMANDS.get(words[0], COMMANDS["mamba2-train"])
     if "--config-name" in words:
         name = words[words.index("--config-name") + 1]
     overrides = [w for w in words[1:] if re.match(r"[\w.]+=", w)]
@@ -44,7 +49,7 @@ def test_commands_compose(page, line):
     extend_hydra()
     with initialize_config_module("mamba2_configs", version_base="1.3"):
         composed = OmegaConf.to_container(compose(name, overrides=overrides), resolve=True)
-    validated(GenerateConfig if name == "generate" else TrainConfig, composed)
+    validated(schema, composed)
 
 
 @pytest.mark.parametrize(("page", "line"), [x for x in LINES if x[1].startswith("make ")])

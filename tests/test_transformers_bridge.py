@@ -101,11 +101,13 @@ def test_packed_documents_are_what_each_is_alone(pair):
 def test_seq_idx_is_forgotten_after_the_call(pair):
     _, ours = pair()
     ids = tokens((1, 12))
-    plain = ours(ids).logits
+    plain, hidden = ours(ids).logits, ours.backbone(ids).last_hidden_state
     ours(ids, seq_idx=torch.arange(12, dtype=torch.int32)[None] // 4)
+    assert torch.equal(ours.backbone(ids).last_hidden_state, hidden)
     assert torch.equal(ours(ids).logits, plain)
     with pytest.raises(ValueError, match="seq_idx"):
         ours(ids, seq_idx=torch.zeros(1, 5, dtype=torch.int32))
+    assert torch.equal(ours.backbone(ids).last_hidden_state, hidden)
     assert torch.equal(ours(ids).logits, plain)
 
 

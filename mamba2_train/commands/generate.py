@@ -151,7 +151,7 @@ def _many(
             if config.out is None:
                 print(lines[-1])
     if config.out is not None:
-        _write(config.out, "".join(f"{line}\n" for line in lines))
+        write_whole(config.out, "".join(f"{line}\n" for line in lines))
         print(f"{len(rows)} completions  {config.out}")
 
 
@@ -189,7 +189,7 @@ def _read(file: Path) -> str:
         raise UserError(f"{file} cannot be read ({error}): give a UTF-8 text") from error
 
 
-def _write(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
     """All of it or nothing."""
     file = file.expanduser()
     new = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")

@@ -71,6 +71,11 @@ def test_greedy_tokens_are_those_of_transformers(random_model, small_config, tra
     expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40)
     assert len(set(expected[0, 21:].tolist())) > 3
     assert torch.equal(generate(model, ids, max_new_tokens=40), expected)
+    theirs.generation_config.repetition_penalty = 1.5
+    penalized = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40)
+    assert not torch.equal(penalized, expected)
+    ours = generate(model, ids, max_new_tokens=40, repetition_penalty=1.5)
+    assert torch.equal(ours, penalized)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
