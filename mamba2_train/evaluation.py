@@ -153,8 +153,8 @@ def _score_batch(
     for start in range(0, max(stop - begin for begin, stop in spans) - 1, segment_len):
         # the last token of a document predicts nothing, so it is a label only
         width = min(segment_len, max(stop - begin for begin, stop in spans) - 1 - start)
+        # zeros fill a row after its last token, where nothing of it is read any more
         input_ids = np.zeros((len(spans), width), dtype=np.int64)
-        mask = np.zeros((len(spans), width), dtype=np.int64)
         labels = np.full((len(spans), width), IGNORED, dtype=np.int64)
         for row, (begin, stop) in enumerate(spans):
             at = begin + start
@@ -162,12 +162,10 @@ def _score_batch(
             if n <= 0:
                 continue
             input_ids[row, :n] = documents.tokens[at : at + n]
-            mask[row, :n] = 1
             learned = documents.learned[at + 1 : at + 1 + n]
             labels[row, :n] = np.where(learned, documents.tokens[at + 1 : at + 1 + n], IGNORED)
         out = model(
             torch.from_numpy(input_ids).to(device),
-            attention_mask=None if mask.all() else torch.from_numpy(mask).to(device),
             state=state,
             return_state=True,
         )

@@ -1,7 +1,7 @@
 """A Mamba2LM in EleutherAI's lm-evaluation-harness, registered there as `mamba2-train`.
 
 The harness asks for log-likelihoods of continuations and for generated text; batches are padded on
-the right, which changes no row.
+the right, which no earlier position sees.
 """
 
 from typing import Any
@@ -101,12 +101,10 @@ class HarnessModel(TemplateLM):
             some = order[start : start + self.batch_size]
             rows = [[*requests[i][1], *requests[i][2]][:-1] for i in some]
             input_ids = torch.full((len(rows), len(rows[0])), pad_id(self.tokenizer))
-            mask = torch.zeros_like(input_ids)
             for r, row in enumerate(rows):
                 input_ids[r, : len(row)] = torch.tensor(row)
-                mask[r, : len(row)] = 1
             device = self.model.lm_head.weight.device
-            logits = self.model(input_ids.to(device), attention_mask=mask.to(device)).logits
+            logits = self.model(input_ids.to(device)).logits
             for r, i in enumerate(some):
                 target = torch.tensor(requests[i][2], device=device)
                 n = len(rows[r])
