@@ -73,6 +73,21 @@ def test_float32_is_as_good_as_float32_gets(shape):
     assert_close(run(inputs), truth, 2e-6)
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_autocast_does_not_reach_the_scan(backward):
+    """Its state stays in float32: a product in bfloat16 would be 1e-3 off."""
+    inputs = random_ssd_inputs(*RAGGED, dtype=torch.float32)
+    for tensor in inputs.values():
+        tensor.requires_grad_()
+    results = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = ssd_scan(**inputs)
+            results.append(torch.autograd.grad(y.sum(), list(inputs.values())) if backward else [y])
+    for outside, inside in zip(*results, strict=True):
+        assert torch.equal(inside, outside)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [RAGGED, SHAPES[4]], ids=str)
 def test_half_precision_costs_at_most_twice_its_rounding(shape, dtype):

@@ -148,22 +148,24 @@ def _ssd_scan(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     path = triton_path("ssd_scan") if backend == "triton" else torch_path
-    return path.forward(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        dt_bias,
-        seq_idx,
-        initial_state,
-        dt_softplus,
-        dt_min,
-        dt_max,
-        chunk_size,
-        return_final_state,
-    )
+    # autocast would narrow the products within, which are float32 on purpose
+    with torch.autocast(x.device.type, enabled=False):
+        return path.forward(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            dt_bias,
+            seq_idx,
+            initial_state,
+            dt_softplus,
+            dt_min,
+            dt_max,
+            chunk_size,
+            return_final_state,
+        )
 
 
 @_ssd_scan.register_fake
@@ -209,23 +211,25 @@ def _ssd_scan_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     path = triton_path("ssd_scan") if backend == "triton" else torch_path
-    return path.backward(
-        dy,
-        d_final_state,
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        dt_bias,
-        seq_idx,
-        initial_state,
-        dt_softplus,
-        dt_min,
-        dt_max,
-        chunk_size,
-    )
+    # autocast would narrow the products within, which are float32 on purpose
+    with torch.autocast(x.device.type, enabled=False):
+        return path.backward(
+            dy,
+            d_final_state,
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            dt_bias,
+            seq_idx,
+            initial_state,
+            dt_softplus,
+            dt_min,
+            dt_max,
+            chunk_size,
+        )
 
 
 @_ssd_scan_backward.register_fake
