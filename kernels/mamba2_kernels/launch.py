@@ -27,8 +27,8 @@ LONGEST_ROW = 1 << 29  # tokens; what document starts leave room for
 LONGEST_CONV = 4  # taps, as in causal_conv1d
 WIDEST_GROUP = 16384  # channels that one program of a norm holds
 
-# What changes with the data: a kernel compiled for one length serves every other. Strides are told
-# apart, for their divisors decide how wide a load may be.
+# What changes with the data is not compiled in. Strides still are told apart by their divisors, which
+# decide how wide a load may be: a batch stride that is no multiple of 16 compiles once more.
 LENGTHS = ["seq_len", "n_chunks", "n_rows", "n_tile_rows", "rows_per_program"]
 
 # kernel name -> launches so far in this process; a test of the Triton path asserts that it grew.
@@ -171,7 +171,7 @@ def no_scan_kernel(x: Tensor, d_state: int) -> str | None:
     if d_state not in D_STATES:
         return f"d_state is {d_state}, and the kernels take {_either(D_STATES)}"
     if x.dtype == torch.float32 and x.is_cuda and (headdim > 64 or d_state > 128):
-        # Their float32 settings have not been compiled: they might want too much shared memory.
+        # Their float32 settings spill kilobytes or want more shared memory than there is.
         return f"float32 with headdim {headdim} and d_state {d_state} is not tuned for a GPU"
     if seq_len > LONGEST_ROW:
         return f"seq_len is {seq_len}, and the kernels take up to {LONGEST_ROW}"

@@ -64,7 +64,7 @@ def test_a_spill_is_reported() -> None:
     assert Row(Entry(90, 64, 128, 16), "scan_kernel").is_sound is True
 
 
-def test_no_kernel_is_compiled_anew_for_another_length() -> None:
+def test_no_length_is_compiled_in() -> None:
     """Triton would tell 1 and the multiples of 16 apart, in the middle of a run."""
     code = """
 import importlib

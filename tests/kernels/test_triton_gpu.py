@@ -88,7 +88,9 @@ def test_kernels_match_the_torch_path(
     seq_len: int, headdim: int, d_state: int, n_groups: int, dtype: torch.dtype
 ) -> None:
     if dtype == torch.float32 and headdim == 128:
-        pytest.skip("refused by no_scan_kernel until its float32 settings are compiled")
+        pytest.skip(
+            "refused by no_scan_kernel: every float32 setting found so far spills or overflows"
+        )
     tensors = inputs(dtype, seq_len, headdim, d_state, n_groups)
     seq_idx = packed(seq_len)
     wide = {name: tensor.double() for name, tensor in tensors.items()}
@@ -98,9 +100,7 @@ def test_kernels_match_the_torch_path(
     assert {"scan_kernel", "conv_kernel", "norm_kernel"} <= set(launches - before)
     for name, value in found.items():
         error = ((value.double() - truth[name]).norm() / truth[name].norm()).item()
-        # dA sums over all tokens terms that nearly cancel here: what is left shows their rounding.
-        ceiling = CEILINGS[dtype] * (4 if name == "dA" else 1)
-        assert error <= ceiling, f"{name}: {error:.1e}"
+        assert error <= CEILINGS[dtype], f"{name}: {error:.1e}"
     again = mixer(tensors, seq_idx, headdim, d_state, "auto")
     assert all(torch.equal(found[name], again[name]) for name in found)
 
@@ -110,7 +110,9 @@ def test_a_step_does_not_wait_for_the_gpu() -> None:
     seq_idx = packed(512)
     mixer(tensors, seq_idx, 64, 128, "triton")
     torch.cuda.set_sync_debug_mode("error")  # a wait raises
+    before = launches.copy()
     try:
         mixer(tensors, seq_idx, 64, 128, "triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert {"scan_kernel", "across_kernel", "conv_backward_kernel"} <= set(launches - before)
