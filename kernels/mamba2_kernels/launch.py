@@ -27,7 +27,7 @@ LONGEST_ROW = 1 << 29  # tokens; what document starts leave room for
 LONGEST_CONV = 4  # taps, as in causal_conv1d
 WIDEST_GROUP = 16384  # channels that one program of a norm holds
 
-# What changes with the data is not compiled in. Strides still are told apart by their divisors, which
+# What changes with the data is not compiled in. Strides are told apart by their divisors, which
 # decide how wide a load may be: a batch stride that is no multiple of 16 compiles once more.
 LENGTHS = ["seq_len", "n_chunks", "n_rows", "n_tile_rows", "rows_per_program"]
 
