@@ -88,9 +88,7 @@ def test_kernels_match_the_torch_path(
     seq_len: int, headdim: int, d_state: int, n_groups: int, dtype: torch.dtype
 ) -> None:
     if dtype == torch.float32 and headdim == 128:
-        pytest.skip(
-            "refused by no_scan_kernel until a float32 setting fits"
-        )
+        pytest.skip("refused by no_scan_kernel until a float32 setting fits")
     tensors = inputs(dtype, seq_len, headdim, d_state, n_groups)
     seq_idx = packed(seq_len)
     wide = {name: tensor.double() for name, tensor in tensors.items()}
