@@ -1,0 +1,397 @@
+"""A parallel model beside the plain one; what differs goes to the file named, as JSON.
+
+Run by tests/test_tensor_parallel.py under torchrun. Each rank holds the plain model too: that is
+the single process. An error is the largest difference over the largest value.
+"""
+
+import copy
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from mamba2_train.adapters import add_lora, train_in_full
+from mamba2_train.errors import UserError
+from mamba2_train.generation import generate
+from mamba2_train.model import Mamba2Config, Mamba2LM
+from mamba2_train.parallel import layout, tensor_parallel
+from mamba2_train.parallel.layout import pieces, plain_tensors
+from mamba2_train.parallel.tensor_parallel import parallelize
+from mamba2_train.quantization import dequantized, is_quantized_layer, quantize
+
+torch.set_num_threads(1)
+EVERYTHING = ("in_proj", "out_proj", "embeddings", "lm_head")
+
+
+def small(**fields: Any) -> Mamba2Config:
+    """Eight heads, all biases, a vocabulary that no number of ranks divides."""
+    shape = {"d_model": 32, "n_layers": 2, "vocab_size": 81, "d_state": 8, "headdim": 8}
+    return Mamba2Config(**(shape | {"chunk_size": 8, "use_bias": True} | fields))
+
+
+def drawn(config: Mamba2Config, dtype: torch.dtype = torch.float64) -> Mamba2LM:
+    """No weight at its initial value: biases not zero, norms and D not one."""
+    model = Mamba2LM(config).double()
+    redraw(model, ("",))
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def redraw(model: nn.Module, of: tuple[str, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if any(part in name for part in of):
+            draw = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            if "norm" in name or name.endswith(".D") or "magnitude" in name:
+                draw = 1 + 0.3 * draw
+            elif name.endswith(("A_log", "dt_bias")):
+                draw = draw - 1
+            elif name.endswith("bias"):
+                draw = 0.3 * draw
+            elif "embeddings" not in name:
+                draw = draw / draw[0].numel() ** 0.5
+            p.copy_(draw)
+
+
+def batch(seed: int = 1) -> dict[str, Tensor]:
+    """Packed documents with padding, and labels that are ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 81, (3, 21), generator=generator)
+    seq_idx = torch.zeros(3, 21, dtype=torch.int32)
+    seq_idx[0, 9:] = 1
+    seq_idx[1, 4:] = 1
+    seq_idx[1, 17:] = -1
+    labels = ids.masked_fill(seq_idx < 0, -100)
+    labels[2, :7] = -100
+    return {"input_ids": ids, "labels": labels, "seq_idx": seq_idx}
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    if got.shape != want.shape:
+        return float("inf")
+    return ((got - want).abs().max() / want.abs().max().clamp(min=1e-30)).item()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    names = (name.replace(".base_layer.", ".") for name, _ in model.named_parameters())
+    values = (p.grad for p in model.parameters())
+    return {name: v for name, v in zip(names, values, strict=True) if v is not None}
+
+
+def compare(plain: Mamba2LM, parallel: Mamba2LM, **inputs: Any) -> dict[str, float]:
+    """Loss, logits and every gradient; they are left on the models."""
+    inputs = inputs or batch()
+    losses = []
+    for model in (plain, parallel):
+        torch.manual_seed(5)
+        out = model(**inputs, reduction="sum")
+        out.loss.backward()
+        losses.append(out.loss.detach())
+    want, got = gradients(plain), dict(plain_tensors(parallel, lambda p: p.grad))
+    assert want.keys() == got.keys(), want.keys() ^ got.keys()
+    worst = max(want, key=lambda name: error(got[name], want[name]))
+    plain.eval(), parallel.eval()
+    with torch.no_grad():
+        del inputs["labels"]
+        logits = [model(**inputs).logits for model in (plain, parallel)]
+    return {
+        "loss": error(losses[1], losses[0]),
+        "logits": error(logits[1], logits[0]),
+        "gradients": error(got[worst], want[worst]),
+        "worst": worst,  # type: ignore[dict-item]
+        "n_gradients": len(want),
+    }
+
+
+def full(mesh: DeviceMesh, checkpointing: str = "none", **fields: Any) -> dict[str, float]:
+    plain = drawn(small(**fields))
+    parallel = copy.deepcopy(plain)
+    parallelize(parallel, mesh)
+    assert all(isinstance(p, DTensor) for p in parallel.parameters())
+    parallel.set_checkpointing(checkpointing)
+    return compare(plain, parallel)
+
+
+def adapted(
+    mesh: DeviceMesh, dropout: float = 0.0, dora: bool = False, targets: Any = EVERYTHING, **f: Any
+) -> dict[str, float]:
+    plain = drawn(small(**f))
+    add_lora(plain, targets, r=4, alpha=8, dropout=dropout, dora=dora)
+    train_in_full(plain, ("conv1d", "A_log", "norm"))
+    plain.double()
+    redraw(plain, ("lora_",))
+    parallel = copy.deepcopy(plain)
+    parallelize(parallel, mesh)
+    return compare(plain.train(), parallel.train())
+
+
+def quantized(mesh: DeviceMesh, kind: str, bias: bool = True) -> dict[str, float]:
+    config = small(d_model=64, expand=4, headdim=16, n_groups=2, use_bias=bias)
+    plain = drawn(config, torch.float32)
+    for name, p in list(plain.named_parameters()):
+        if name.endswith(("in_proj.weight", "out_proj.weight")):
+            old = plain.get_submodule(name.removesuffix(".weight"))
+            quantize(plain, name, p.detach(), kind, dtype=torch.float32)
+            plain.get_submodule(name.removesuffix(".weight")).bias = old.bias
+    add_lora(plain, EVERYTHING, r=4, alpha=8)
+    redraw(plain, ("lora_",))
+    parallel = copy.deepcopy(plain)
+    parallelize(parallel, mesh)
+    local = [dequantized(m) for m in parallel.modules() if is_quantized_layer(m)]
+    whole = [dequantized(m) for m in plain.modules() if is_quantized_layer(m)]
+    rows, columns = local[0], local[1]
+    d_z = config.d_inner // mesh.size()
+    own = slice(mesh.get_local_rank() * d_z, (mesh.get_local_rank() + 1) * d_z)
+    assert torch.equal(rows[:d_z], whole[0][own])
+    assert torch.equal(columns, whole[1][:, own])
+    return compare(plain, parallel)
+
+
+def steps(mesh: DeviceMesh, lora: bool, **fields: Any) -> dict[str, float]:
+    """Six steps of AdamW in float32."""
+    plain = drawn(small(**fields), torch.float32)
+    if lora:
+        add_lora(plain, EVERYTHING, r=4, alpha=8)
+    parallel = copy.deepcopy(plain)
+    parallelize(parallel, mesh)
+    losses: list[list[float]] = []
+    for model in (plain, parallel):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-6)
+        losses.append([])
+        for i in range(6):
+            optimizer.zero_grad()
+            loss = model(**batch(i)).loss
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    want = {n.replace(".base_layer.", "."): p.detach() for n, p in plain.named_parameters()}
+    got = dict(plain_tensors(parallel))
+    assert want.keys() == got.keys()
+    return {
+        "losses": max(abs(a - b) / a for a, b in zip(*losses, strict=True)),
+        "weights": max(error(got[name], want[name]) for name in want),
+    }
+
+
+def cached(mesh: DeviceMesh, **fields: Any) -> dict[str, float]:
+    """The state goes on: a prompt in two parts, then token by token, then sampling."""
+    plain = drawn(small(**fields))
+    parallel = copy.deepcopy(plain)
+    parallelize(parallel, mesh)
+    ids, logits = batch()["input_ids"], []
+    with torch.no_grad():
+        for model in (plain, parallel):
+            first = model(ids[:, :10], return_state=True)
+            second = model(ids[:, 10:15], state=first.state, return_state=True)
+            steps = [model.step(ids[:, t], second.state) for t in range(15, 21)]
+            logits.append(torch.cat([first.logits, second.logits, torch.stack(steps, 1)], 1))
+    options = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3}
+    tokens = [generate(model, ids[:, :6], **options) for model in (plain, parallel)]  # type: ignore[arg-type]
+    return {"logits": error(logits[1], logits[0]), "tokens": error(tokens[1], tokens[0])}
+
+
+def from_slices(mesh: DeviceMesh, **fields: Any) -> dict[str, float]:
+    """On the meta device, and filled with what `pieces` says."""
+    plain = drawn(small(**fields))
+    add_lora(plain, EVERYTHING, r=4, alpha=8)
+    plain.double()
+    with torch.device("meta"):
+        parallel = Mamba2LM(plain.config).double()
+        add_lora(parallel, EVERYTHING, r=4, alpha=8)
+        parallel.double()
+    parallelize(parallel, mesh)
+    stored = {n.replace(".base_layer.", "."): p.detach() for n, p in plain.named_parameters()}
+    empty = dict(parallel.named_parameters())
+    assert stored.keys() == pieces(parallel).keys()
+    weights = {}
+    for name, of_plain in pieces(parallel).items():
+        for piece in of_plain:
+            parameter: Any = empty[piece.name]
+            local = stored[name][piece.start : piece.stop]
+            if parameter.placements[0].is_shard():
+                dim = parameter.placements[0].dim
+                own = layout.share(local.shape[dim], mesh)
+                local = local.narrow(dim, own.start, own.stop - own.start)
+            assert local.shape == parameter.to_local().shape
+            weights[piece.name] = DTensor.from_local(
+                local.clone(memory_format=torch.contiguous_format),
+                mesh,
+                parameter.placements,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+    parallel.load_state_dict(weights, assign=True, strict=False)
+    parallel.tie_weights()
+    for p, q in zip(parallel.parameters(), empty.values(), strict=True):
+        p.requires_grad_(q.requires_grad)
+    return compare(plain, parallel)
+
+
+def collectives(mesh: DeviceMesh, n_groups: int) -> dict[str, int]:
+    """Of one more layer, full fine-tuning, forward and backward."""
+    counts = []
+    for n_layers in (1, 2):
+        model = drawn(small(n_groups=n_groups, n_layers=n_layers, use_bias=False))
+        parallelize(model, mesh)
+        hidden = torch.randn(2, 8, 32, dtype=torch.float64, requires_grad=True)
+        with CommDebugMode() as forward:
+            out, _ = model.backbone(None, hidden, None, None, False)
+        with CommDebugMode() as backward:
+            out.sum().backward()
+        counts.append((forward.get_total_counts(), backward.get_total_counts()))
+    one, two = counts
+    return {"forward": two[0] - one[0], "backward": two[1] - one[1]}
+
+
+def refusals(mesh: DeviceMesh) -> dict[str, str]:
+    messages = {}
+    cases = {
+        "heads": small(headdim=64, expand=2),
+        "groups": small(headdim=4, expand=3, n_groups=3),
+        "vocabulary": small(vocab_size=mesh.size() - 1) if mesh.size() > 2 else small(vocab_size=1),
+    }
+    for name, config in cases.items():
+        try:
+            parallelize(drawn(config), mesh)
+        except UserError as e:
+            messages[name] = str(e)
+    return messages
+
+
+def refused_blocks(mesh: DeviceMesh) -> dict[str, str]:
+    model = drawn(small(d_model=64, expand=1, use_bias=False), torch.float32)
+    name = "backbone.layers.0.mixer.out_proj.weight"
+    quantize(model, name, model.get_parameter(name).detach(), "nf4", dtype=torch.float32)
+    try:
+        parallelize(model, mesh)
+    except UserError as e:
+        return {"message": str(e)}
+    return {}
+
+
+def naive_columns(mesh: DeviceMesh) -> dict[str, float]:
+    """Control: in_proj's rows cut where they stand, z with x and so on."""
+    few, split = tensor_parallel._few, layout.local_parts
+
+    def cut(module: nn.Module, name: str) -> list[Tensor]:
+        parts = split(module, name)
+        if isinstance(module, tensor_parallel.InProjection):
+            parameters: Any = [module._parameters[f"{name}_{kind}"] for kind in "z x B C dt".split()]
+            rows = torch.cat([p.full_tensor() for p in parameters]).chunk(mesh.size())
+            return list(rows[mesh.get_local_rank()].split([len(p) for p in parts]))
+        return parts
+
+    tensor_parallel.local_parts, tensor_parallel._few = cut, few
+    try:
+        return full(mesh, n_groups=8)
+    finally:
+        tensor_parallel.local_parts = split
+
+
+def without(mesh: DeviceMesh, function: str, module: Any, **fields: Any) -> dict[str, float]:
+    """Control: a collective that is left out."""
+    kept = getattr(module, function)
+    setattr(module, function, lambda x, mesh: x)
+    try:
+        return full(mesh, **fields)
+    finally:
+        setattr(module, function, kept)
+
+
+def sharded_twice(mesh: DeviceMesh) -> dict[str, float]:
+    """One step of FSDP2 over 2 x 2 ranks, different rows on each data rank."""
+    from torch.distributed.fsdp import fully_shard
+
+    errors = {}
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for lora in (False, True):
+        plain = drawn(small(n_groups=1))
+        if lora:
+            add_lora(plain, EVERYTHING, r=4, alpha=8)
+            plain.double()
+            redraw(plain, ("lora_",))
+        parallel = copy.deepcopy(plain)
+        parallelize(parallel, both["tensor"])
+        for layer in parallel.backbone.layers:
+            fully_shard(layer, mesh=both["data"])
+        fully_shard(parallel, mesh=both["data"])
+        rank = both["data"].get_local_rank()
+        rows = {"plain": slice(0, 2), "parallel": slice(rank, rank + 1)}
+        for which, model in (("plain", plain), ("parallel", parallel)):
+            optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+            inputs = {key: value[rows[which]] for key, value in batch().items()}
+            out = model(**inputs, reduction="sum")
+            # FSDP means over the data ranks
+            (out.loss / (2 if which == "plain" else 1)).backward()
+            optimizer.step()
+        want = {n.replace(".base_layer.", "."): p.detach() for n, p in plain.named_parameters()}
+        got = dict(plain_tensors(parallel))
+        assert want.keys() == got.keys()
+        worst = max(want, key=lambda name: error(got[name], want[name]))
+        errors["lora" if lora else "full"] = error(got[worst], want[worst])
+    return errors
+
+
+def cases(mesh: DeviceMesh) -> dict[str, Callable[[], dict[str, Any]]]:
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    for groups in (8, 2, 1):
+        found[f"full, {groups} groups"] = lambda g=groups: full(mesh, n_groups=g)
+        found[f"untied, {groups} groups"] = lambda g=groups: full(
+            mesh, n_groups=g, tie_embeddings=False, use_bias=False
+        )
+        found[f"LoRA, {groups} groups"] = lambda g=groups: adapted(mesh, n_groups=g)
+        found[f"DoRA, {groups} groups"] = lambda g=groups: adapted(mesh, dora=True, n_groups=g)
+        found[f"steps, full, {groups} groups"] = lambda g=groups: steps(mesh, False, n_groups=g)
+        found[f"steps, LoRA, {groups} groups"] = lambda g=groups: steps(mesh, True, n_groups=g)
+        found[f"cached, {groups} groups"] = lambda g=groups: cached(mesh, n_groups=g)
+        found[f"from slices, {groups} groups"] = lambda g=groups: from_slices(mesh, n_groups=g)
+        found[f"collectives, {groups} groups"] = lambda g=groups: collectives(mesh, g)
+    found["dropout"] = lambda: adapted(mesh, dropout=0.3, n_groups=1)
+    found["dropout, DoRA"] = lambda: adapted(mesh, dropout=0.3, dora=True, n_groups=2)
+    found["untied LoRA"] = lambda: adapted(mesh, n_groups=2, tie_embeddings=False)
+    for mode in ("selective", "full"):
+        found[f"checkpointing {mode}"] = lambda m=mode: full(mesh, m, n_groups=1)
+    for kind in ("nf4", "fp4", "int8"):
+        found[kind] = lambda k=kind: quantized(mesh, k)
+    found["refusals"] = lambda: refusals(mesh)
+    found["refused blocks"] = lambda: refused_blocks(mesh)
+    found["control: naive columns"] = lambda: naive_columns(mesh)
+    found["control: no gradient sum of B and C"] = lambda: without(
+        mesh, "copy_to_ranks", layout, n_groups=1
+    )
+    found["control: no sum in the norm"] = lambda: without(
+        mesh, "sum_both_ways", tensor_parallel, n_groups=1
+    )
+    if mesh.size() == 4:
+        found["FSDP2, 2 x 2"] = lambda: sharded_twice(mesh)
+    return found
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tensor",))
+    only = sys.argv[2:]
+    results = {}
+    for name, case in cases(mesh).items():
+        if not only or any(part in name for part in only):
+            results[name] = case()
+            if only and dist.get_rank() == 0:
+                print(name, results[name], flush=True)
+    if dist.get_rank() == 0:
+        with open(sys.argv[1], "w") as file:
+            json.dump(results, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
