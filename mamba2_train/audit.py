@@ -12,7 +12,10 @@ from torch import nn
 from mamba2_train.adapters import KINDS, kind_of
 from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2LM
+from mamba2_train.parallel.layout import plain_name
 from mamba2_train.quantization import n_elements
+
+Parts = dict[str, list[nn.Parameter]]
 
 
 def coverage(model: Mamba2LM) -> Table:
@@ -54,22 +57,25 @@ def check_gradients(model: nn.Module) -> None:
     LoRA's product is zero at first because one of its factors is, and the gradient of the other
     is then zero too: that one is excused.
     """
-    parameters = dict(model.named_parameters())
+    parameters: Parts = defaultdict(list)
+    for name, p in model.named_parameters():
+        parameters[plain_name(name)].append(p)  # a parallel model has some in pieces
+    trained = {name: parts for name, parts in parameters.items() if parts[0].requires_grad}
     silent = [
         name
-        for name, p in parameters.items()
-        if p.requires_grad and (p.grad is None or not p.grad.any())
+        for name, parts in trained.items()
+        if not any(p.grad is not None and p.grad.any() for p in parts)
     ]
     silent = [name for name in silent if not _is_excused(name, parameters)]
     if silent:
         raise UserError(
-            f"{len(silent)} of {sum(p.requires_grad for p in parameters.values())} trained tensors "
-            f"got no gradient in the first step, such as {silent[0]}: the loss does not depend on "
-            f"them, so leave them out of adapter.targets or adapter.train, or freeze them"
+            f"{len(silent)} of {len(trained)} trained tensors got no gradient in the first step, "
+            f"such as {silent[0]}: the loss does not depend on them, so leave them out of "
+            f"adapter.targets or adapter.train, or freeze them"
         )
 
 
-def _is_excused(name: str, parameters: dict[str, nn.Parameter]) -> bool:
+def _is_excused(name: str, parameters: Parts) -> bool:
     other = name
     for mine, partner in (
         ("lora_A.", "lora_B."),
@@ -79,7 +85,8 @@ def _is_excused(name: str, parameters: dict[str, nn.Parameter]) -> bool:
     ):
         if f".{mine}" in name:
             other = name.replace(f".{mine}", f".{partner}")
-    return other != name and parameters[name].grad is not None and not parameters[other].any()
+    has_gradient = all(p.grad is not None for p in parameters[name])
+    return other != name and has_gradient and not any(p.any() for p in parameters[other])
 
 
 def _holder(name: str) -> str:

@@ -6,15 +6,15 @@ parameter for each kind, so that the same checkpoint serves any number of ranks:
     plain                          parallel                      split over the ranks
     in_proj.weight, .bias          weight_z _x _B _C _dt         by heads; B and C by groups
     conv1d.weight, .bias           weight_x _B _C                the same
-    out_proj.weight                weight                        columns, by heads
-    dt_bias, A_log, D, mixer.norm  as they are                   by heads
-    embeddings, lm_head            weight                        rows, by tokens
-    all else                       as it is                      not at all
+    out_proj.weight                weight_tp                     columns, by heads
+    dt_bias, A_log, D, mixer.norm  dt_bias_tp, ...               by heads
+    embeddings, lm_head            weight_tp                     rows, by tokens
+    all else                       weight_tp                     not at all
 
 B and C of fewer groups than ranks are not split either: each rank computes with the rows of the
 group that its heads are in. LoRA's factors, and DoRA's magnitudes, follow the weights they add to.
-Each parameter is a DTensor on the tensor dimension of the mesh. The attribute of the same name
-(`module.weight`) is a plain tensor, the part that this rank computes with: no op sees a DTensor.
+Each parameter is a DTensor on the tensor dimension of the mesh. The plain name (`module.weight`)
+reads as a plain tensor, what this rank computes with: no op sees a DTensor.
 """
 
 import re
@@ -30,20 +30,20 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from mamba2_train.parallel.collectives import copy_to_ranks
 
-_KIND = re.compile(r"(.+)_(z|x|B|C|dt)")
+_PARALLEL = re.compile(r"(.+)_(z|x|B|C|dt|tp)")
 
 
 @dataclass(frozen=True)
 class Part:
     """What becomes of a parameter, or of some of its rows.
 
-    kind: of the rows, or "" for all of them. size: number of rows, None for all of them.
+    kind: of the rows, "tp" for all of them. size: number of rows, None for all of them.
     dim: that is split over the ranks; None leaves it whole on each.
     own: of the rows that stay whole, those that this rank computes with; None for all.
     is_partial: this rank's gradient is a summand, for each rank uses the parameter in its own way.
     """
 
-    kind: str = ""
+    kind: str = "tp"
     size: int | None = None
     dim: int | None = None
     own: slice | None = None
@@ -72,12 +72,17 @@ def pieces(model: nn.Module) -> dict[str, list[Piece]]:
     found: dict[str, list[Piece]] = {}
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            of_kind = _KIND.fullmatch(name)
-            plain = (of_kind[1] if of_kind else name).replace(".base_layer.", ".")
+            plain = plain_name(name).replace(".base_layer.", ".")
             before = found.setdefault(plain, [])
             start = before[-1].stop if before else 0
             before.append(Piece(name, start, start + parameter.shape[0]))
     return found
+
+
+def plain_name(name: str) -> str:
+    """Of the parameter that a parallel one is a piece of; a plain one's own."""
+    match = _PARALLEL.fullmatch(name)
+    return match[1] if match else name
 
 
 def plain_tensors(
@@ -114,7 +119,7 @@ def distribute(module: nn.Module, name: str, mesh: DeviceMesh, *parts: Part) -> 
         piece = parameter.detach().narrow(0, start, size)
         start += size
         value = nn.Parameter(_on_mesh(piece, mesh, part.dim), parameter.requires_grad)
-        module.register_parameter(_name(name, part), value)
+        module.register_parameter(f"{name}_{part.kind}", value)
     assert start == parameter.shape[0], f"{name} has {parameter.shape[0]} rows, not {start}"
     module.__dict__.setdefault("parts_of", {})[name] = parts
     module.mesh = mesh  # type: ignore[assignment]
@@ -132,7 +137,7 @@ def local_parts(module: nn.Module, name: str) -> list[Tensor]:
     mesh: Any = module.mesh
     values: list[Tensor] = []
     for part in parts:
-        parameter: Any = module._parameters[_name(name, part)]
+        parameter: Any = module._parameters[f"{name}_{part.kind}"]
         values.append(parameter.to_local())
     partial = [i for i, part in enumerate(parts) if part.is_partial]
     if partial:
@@ -164,10 +169,6 @@ def _local(name: str) -> property:
         return torch.cat(values) if len(values) > 1 else values[0]
 
     return property(local)
-
-
-def _name(name: str, part: Part) -> str:
-    return f"{name}_{part.kind}" if part.kind else name
 
 
 def _on_mesh(tensor: Tensor, mesh: DeviceMesh, dim: int | None) -> DTensor:

@@ -48,27 +48,28 @@ def distribute_quantized(
         layer.state.SCB = scales[rows.to(scales.device)]
         layer.weight = nn.Parameter(layer.weight.data[rows.to(scales.device), columns], False)
         mixin = PartInt8
-    local = layer._parameters["weight"].data
+    local = layer._parameters.pop("weight").data
     # codes follow no plain tensor's order; put together they are what all ranks hold
     packed = DTensor.from_local(local.contiguous(), mesh, [Shard(0)], run_check=False)
-    layer._parameters["weight"] = nn.Parameter(packed, requires_grad=False)
+    layer.weight_tp = nn.Parameter(packed, requires_grad=False)
     specialize(layer, mixin)
 
 
 class PartInt8(nn.Module):
+    weight_tp: Any
+
     @property
     def weight(self) -> Tensor:
-        parameter: Any = self._parameters["weight"]
-        return parameter.to_local()
+        return self.weight_tp.to_local()
 
 
 class Part4bit(nn.Module):
     quant_state: Any
+    weight_tp: Any
 
     @property
     def weight(self) -> Any:
-        parameter: Any = self._parameters["weight"]
-        codes = parameter.to_local()
+        codes = self.weight_tp.to_local()
         if self.quant_state.absmax.device != codes.device:
             self.quant_state.to(codes.device)
         return bitsandbytes().nn.Params4bit(

@@ -63,7 +63,7 @@ def parallelize(model: Mamba2LM, mesh: DeviceMesh) -> None:
     _split_vocabulary(model, mesh)
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if not isinstance(parameter, DTensor | None):
+            if parameter is not None and not isinstance(parameter, DTensor):
                 distribute(module, name, mesh, WHOLE)
 
 
@@ -146,7 +146,7 @@ class SummedOutput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = sum_over_ranks(super().forward(x), self.mesh)  # type: ignore[misc]
         base = _base(self)
-        if base._parameters["bias"] is not None:  # added once, not once on each rank
+        if "bias_tp" in base._parameters:  # added once, not once on each rank
             out = out + local_parts(base, "bias")[0].to(out.dtype)
         return out
 
@@ -156,7 +156,7 @@ class InProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weights = _few(local_parts(self, "weight"))
-        has_bias = self._parameters.get("bias_z") is not None
+        has_bias = "bias_z" in self._parameters
         biases: list[Any] = _few(local_parts(self, "bias")) if has_bias else [None] * 3
         return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
 
@@ -274,8 +274,7 @@ class TiedModel(Mamba2LM):
     def tie_weights(self) -> None:
         """As of the plain model, whose attributes are parameters."""
         if self.config.tie_embeddings:
-            embeddings = _base(self.backbone.embeddings)
-            _base(self.lm_head)._parameters["weight"] = embeddings._parameters["weight"]
+            _base(self.lm_head).weight_tp = _base(self.backbone.embeddings).weight_tp
 
 
 def _base(layer: Any) -> Any:

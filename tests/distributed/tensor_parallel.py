@@ -160,6 +160,7 @@ def steps(mesh: DeviceMesh, lora: bool, **fields: Any) -> dict[str, float]:
     plain = drawn(small(**fields), torch.float32)
     if lora:
         add_lora(plain, EVERYTHING, r=4, alpha=8)
+        redraw(plain, ("lora_",))  # from B = 0 AdamW would divide rounding by rounding
     parallel = copy.deepcopy(plain)
     parallelize(parallel, mesh)
     losses: list[list[float]] = []
