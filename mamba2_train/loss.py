@@ -71,7 +71,7 @@ def _is_plain(head: nn.Linear, rows: Tensor) -> bool:
 
 def _chunk_loss(head: nn.Module, rows: Tensor, targets: Tensor, reduction: str) -> Tensor:
     if hasattr(head, "token_losses"):  # its vocabulary is split over ranks
-        losses = head.token_losses(rows, targets)  # type: ignore[operator]
+        losses = head(rows, labels=targets)
         return losses if reduction == "none" else losses.sum()
     logits = head(rows)
     if logits.dtype != torch.float64:

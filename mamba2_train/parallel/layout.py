@@ -18,9 +18,9 @@ reads as a plain tensor, what this rank computes with: no op sees a DTensor.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -156,11 +156,12 @@ def share(size: int, mesh: DeviceMesh) -> slice:
     return slice(start, min(start + each, size))
 
 
-@lru_cache(maxsize=None)
-def _specialized(cls: type, mixins: tuple[type, ...], names: tuple[str, ...]) -> type:
+@cache
+def _specialized(cls: Hashable, mixins: tuple[type, ...], names: tuple[str, ...]) -> Any:
     """One class for all alike, which torch.compile then compiles once, under its own name, by
     which peft and bitsandbytes know their layers."""
-    return type(cls.__name__, (*mixins, cls), {name: _local(name) for name in names})
+    bases: Any = (*mixins, cls)
+    return type(bases[-1].__name__, bases, {name: _local(name) for name in names})
 
 
 def _local(name: str) -> property:

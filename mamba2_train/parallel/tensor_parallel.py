@@ -14,6 +14,7 @@ parameters as this rank's tensors (`layout.py`), and its mixers get this rank's 
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from mamba2_kernels import gated_scale, gated_square_sum
 from mamba2_train.errors import UserError
-from mamba2_train.model import Mamba2Config, Mamba2LM, Mamba2Mixer, RMSNorm
+from mamba2_train.model import Mamba2Config, Mamba2LM, RMSNorm
 from mamba2_train.parallel.collectives import copy_to_ranks, sum_both_ways, sum_over_ranks
 from mamba2_train.parallel.layout import (
     COLUMNS,
@@ -43,7 +44,9 @@ from mamba2_train.parallel.vocabulary import VocabularyEmbedding, VocabularyHead
 from mamba2_train.quantization import is_quantized_layer
 
 
-def parallelize(model: Mamba2LM, mesh: DeviceMesh) -> None:
+def parallelize(
+    model: Mamba2LM, mesh: DeviceMesh, *, before_block: Callable[[nn.Module], None] | None = None
+) -> None:
     """Split a model over the ranks of `mesh`, in place; adapters and quantized weights included.
 
     Every rank calls this with the same model, perhaps on the meta device, and keeps copies of its
@@ -53,12 +56,16 @@ def parallelize(model: Mamba2LM, mesh: DeviceMesh) -> None:
 
     Args:
         mesh: of one dimension.
+        before_block: called with each block before it is split, to read or to quantize its weights
+            where no rank has room for more than one whole block.
 
     Raises:
         UserError: heads, groups, vocabulary or 4-bit blocks that cannot be split so.
     """
     check_divisible(model.config, mesh.size())
     for layer in model.backbone.layers:
+        if before_block is not None:
+            before_block(layer)
         _split_mixer(layer.mixer, mesh)
     _split_vocabulary(model, mesh)
     for module in model.modules():
@@ -135,7 +142,7 @@ class SharedInput(nn.Module):
     mesh: DeviceMesh
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(copy_to_ranks(x, self.mesh))  # type: ignore[misc]
+        return super().forward(copy_to_ranks(x, self.mesh))
 
 
 class SummedOutput(nn.Module):
@@ -144,7 +151,7 @@ class SummedOutput(nn.Module):
     mesh: DeviceMesh
 
     def forward(self, x: Tensor) -> Tensor:
-        out = sum_over_ranks(super().forward(x), self.mesh)  # type: ignore[misc]
+        out = sum_over_ranks(super().forward(x), self.mesh)
         base = _base(self)
         if "bias_tp" in base._parameters:  # added once, not once on each rank
             out = out + local_parts(base, "bias")[0].to(out.dtype)

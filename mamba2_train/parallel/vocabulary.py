@@ -3,8 +3,7 @@
     embedding       E[token] on the rank that has the token, 0 on the others: summed
     cross-entropy   m = max_v l_v,  loss = m + log(sum_v exp(l_v - m)) - l_label
 
-The maximum and the two sums are reduced over the ranks, so that no rank ever has the logits of
-the whole vocabulary, unless they are asked for.
+The maximum and the two sums are reduced over the ranks.
 """
 
 from typing import Any
@@ -27,18 +26,23 @@ class VocabularyEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         own, index = _own(input_ids, self.vocab_size, self.mesh)
-        rows = super().forward(index)  # type: ignore[misc]
+        rows = super().forward(index)
         return sum_over_ranks(rows.masked_fill(~own[..., None], 0), self.mesh)
 
 
 class VocabularyHead(nn.Module):
-    """(..., d_model) -> logits (..., vocab_size), or the losses without them. As above."""
+    """(..., d_model) -> logits (..., vocab_size); (rows, d_model) and labels -> losses (rows,), for
+    which no rank has the logits of the whole vocabulary. As above."""
 
     mesh: DeviceMesh
     vocab_size: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        local = self._local_logits(x)
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        # both from here, so that what is hooked to the call is heard (FSDP's gathering)
+        local = super().forward(copy_to_ranks(x, self.mesh))
+        return self._whole(local) if labels is None else self.token_losses(local, labels)
+
+    def _whole(self, local: Tensor) -> Tensor:
         shape = torch.Size((*local.shape[:-1], self.vocab_size))
         logits: Any = DTensor.from_local(
             local,
@@ -50,14 +54,13 @@ class VocabularyHead(nn.Module):
         )
         return logits.full_tensor(grad_placements=[Replicate()])
 
-    def token_losses(self, x: Tensor, labels: Tensor) -> Tensor:
+    def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of each row, (rows,) of at least float32.
 
         Args:
-            x: (rows, d_model).
-            labels: (rows,) int64.
+            logits: (rows, this rank's part of the vocabulary).
+            labels: (rows,) int64, of the whole vocabulary.
         """
-        logits = self._local_logits(x)
         if logits.dtype != torch.float64:
             logits = logits.float()
         most = logits.detach().amax(-1)
@@ -68,9 +71,6 @@ class VocabularyHead(nn.Module):
         sums = torch.stack([logits.exp().sum(-1), of_label])
         total, of_label = sum_over_ranks(sums, self.mesh)
         return total.log() - of_label
-
-    def _local_logits(self, x: Tensor) -> Tensor:
-        return super().forward(copy_to_ranks(x, self.mesh))  # type: ignore[misc]
 
 
 def _own(ids: Tensor, vocab_size: int, mesh: DeviceMesh) -> tuple[Tensor, Tensor]:

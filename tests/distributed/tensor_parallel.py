@@ -5,10 +5,10 @@ the single process. An error is the largest difference over the largest value.
 """
 
 import copy
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
+from mamba2_train import loss
 from mamba2_train.adapters import add_lora, train_in_full
 from mamba2_train.errors import UserError
 from mamba2_train.generation import generate
@@ -155,31 +156,39 @@ def quantized(mesh: DeviceMesh, kind: str, bias: bool = True) -> dict[str, float
     return compare(plain, parallel)
 
 
-def steps(mesh: DeviceMesh, lora: bool, **fields: Any) -> dict[str, float]:
-    """Six steps of AdamW in float32."""
-    plain = drawn(small(**fields), torch.float32)
+def steps(
+    mesh: DeviceMesh, lora: bool, dtype: torch.dtype = torch.float32, **fields: Any
+) -> dict[str, float]:
+    """Six steps of AdamW."""
+    plain = drawn(small(**fields), dtype)
     if lora:
         add_lora(plain, EVERYTHING, r=4, alpha=8)
-        redraw(plain, ("lora_",))  # from B = 0 AdamW would divide rounding by rounding
+        with torch.no_grad():  # from B = 0 AdamW would divide rounding by rounding
+            redraw(plain, ("lora_",))
+            for name, p in plain.to(dtype).named_parameters():
+                if "lora_" in name:
+                    p *= 0.3
     parallel = copy.deepcopy(plain)
     parallelize(parallel, mesh)
     losses: list[list[float]] = []
     for model in (plain, parallel):
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-6)
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, eps=1e-5)
         losses.append([])
         for i in range(6):
             optimizer.zero_grad()
-            loss = model(**batch(i)).loss
-            loss.backward()
+            of_batch = model(**batch(i)).loss
+            of_batch.backward()
             optimizer.step()
-            losses[-1].append(loss.item())
+            losses[-1].append(of_batch.item())
     want = {n.replace(".base_layer.", "."): p.detach() for n, p in plain.named_parameters()}
     got = dict(plain_tensors(parallel))
     assert want.keys() == got.keys()
+    worst = max(want, key=lambda name: error(got[name], want[name]))
     return {
         "losses": max(abs(a - b) / a for a, b in zip(*losses, strict=True)),
-        "weights": max(error(got[name], want[name]) for name in want),
+        "weights": error(got[worst], want[worst]),
+        "worst": worst,  # type: ignore[dict-item]
     }
 
 
@@ -265,18 +274,14 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
             parallelize(drawn(config), mesh)
         except UserError as e:
             messages[name] = str(e)
-    return messages
-
-
-def refused_blocks(mesh: DeviceMesh) -> dict[str, str]:
     model = drawn(small(d_model=64, expand=1, use_bias=False), torch.float32)
     name = "backbone.layers.0.mixer.out_proj.weight"
     quantize(model, name, model.get_parameter(name).detach(), "nf4", dtype=torch.float32)
     try:
         parallelize(model, mesh)
     except UserError as e:
-        return {"message": str(e)}
-    return {}
+        messages["blocks"] = str(e)
+    return messages
 
 
 def naive_columns(mesh: DeviceMesh) -> dict[str, float]:
@@ -286,7 +291,9 @@ def naive_columns(mesh: DeviceMesh) -> dict[str, float]:
     def cut(module: nn.Module, name: str) -> list[Tensor]:
         parts = split(module, name)
         if isinstance(module, tensor_parallel.InProjection):
-            parameters: Any = [module._parameters[f"{name}_{kind}"] for kind in "z x B C dt".split()]
+            parameters: Any = [
+                module._parameters[f"{name}_{kind}"] for kind in ["z", "x", "B", "C", "dt"]
+            ]
             rows = torch.cat([p.full_tensor() for p in parameters]).chunk(mesh.size())
             return list(rows[mesh.get_local_rank()].split([len(p) for p in parts]))
         return parts
@@ -338,42 +345,127 @@ def sharded_twice(mesh: DeviceMesh) -> dict[str, float]:
         got = dict(plain_tensors(parallel))
         assert want.keys() == got.keys()
         worst = max(want, key=lambda name: error(got[name], want[name]))
-        errors["lora" if lora else "full"] = error(got[worst], want[worst])
+        errors["LoRA" if lora else "full"] = error(got[worst], want[worst])
     return errors
 
 
+def one_rank(both: DeviceMesh) -> dict[str, Any]:
+    """A mesh of one rank: the same parameters, of the same shapes, as one of many."""
+    plain = drawn(small(n_groups=1))
+    add_lora(plain, EVERYTHING, r=4, alpha=8)
+    plain.double()
+    alone, many = copy.deepcopy(plain), copy.deepcopy(plain)
+    parallelize(alone, both["data"])
+    parallelize(many, both["tensor"])
+    shapes = [{n: list(p.shape) for n, p in m.named_parameters()} for m in (alone, many)]
+    return {"same": shapes[0] == shapes[1]} | compare(plain, alone)
+
+
+def block_by_block(mesh: DeviceMesh) -> dict[str, Any]:
+    """Quantized just before it is split, from the meta device."""
+    config = small(d_model=64, expand=4, headdim=16, use_bias=False)
+    plain = drawn(config, torch.float32)
+    weights = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    parallel = drawn(config, torch.float32)
+    names = {id(layer): f"backbone.layers.{i}" for i, layer in enumerate(parallel.backbone.layers)}
+    for layer in parallel.backbone.layers:
+        for name in ("in_proj", "out_proj"):
+            getattr(layer.mixer, name).to("meta")
+    seen = []
+
+    def fill(layer: nn.Module) -> None:
+        for name in ("in_proj", "out_proj"):
+            weight = weights[f"{names[id(layer)]}.mixer.{name}.weight"]
+            quantize(layer, f"mixer.{name}.weight", weight, "nf4", dtype=torch.float32)
+            quantize(
+                plain, f"{names[id(layer)]}.mixer.{name}.weight", weight, "nf4", dtype=torch.float32
+            )
+        seen.append(layer)
+
+    parallelize(parallel, mesh, before_block=fill)
+    return {"n_blocks": len(seen)} | compare(plain, parallel)
+
+
+def compiled(mesh: DeviceMesh) -> dict[str, Any]:
+    plain = drawn(small(n_groups=1))
+    add_lora(plain, EVERYTHING, r=4, alpha=8)
+    plain.double()
+    redraw(plain, ("lora_",))
+    parallel = copy.deepcopy(plain)
+    parallelize(parallel, mesh)
+    for layer in parallel.backbone.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    return compare(plain, parallel)
+
+
+def largest_logits(mesh: DeviceMesh) -> dict[str, int]:
+    """Entries of the largest tensor that the loss makes, of many more rows than a chunk has."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        entries = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(t, Tensor) and t.shape[-1:] == (own.stop - own.start,):
+                    self.entries = max(self.entries, t.numel())
+            return out
+
+    model = drawn(small(vocab_size=96))
+    parallelize(model, mesh)
+    own = layout.share(96, mesh)
+    hidden = torch.randn(2, 1500, 32, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 96, (2, 1500))
+    with Largest() as largest:
+        loss.cross_entropy(hidden, model.lm_head, labels).backward()
+    return {"rows": largest.entries // (own.stop - own.start), "chunk": loss.CHUNK_ROWS}
+
+
 def cases(mesh: DeviceMesh) -> dict[str, Callable[[], dict[str, Any]]]:
-    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    n, found = mesh.size(), {}  # type: ignore[var-annotated]
     for groups in (8, 2, 1):
-        found[f"full, {groups} groups"] = lambda g=groups: full(mesh, n_groups=g)
-        found[f"untied, {groups} groups"] = lambda g=groups: full(
-            mesh, n_groups=g, tie_embeddings=False, use_bias=False
-        )
-        found[f"LoRA, {groups} groups"] = lambda g=groups: adapted(mesh, n_groups=g)
-        found[f"DoRA, {groups} groups"] = lambda g=groups: adapted(mesh, dora=True, n_groups=g)
-        found[f"steps, full, {groups} groups"] = lambda g=groups: steps(mesh, False, n_groups=g)
-        found[f"steps, LoRA, {groups} groups"] = lambda g=groups: steps(mesh, True, n_groups=g)
-        found[f"cached, {groups} groups"] = lambda g=groups: cached(mesh, n_groups=g)
-        found[f"from slices, {groups} groups"] = lambda g=groups: from_slices(mesh, n_groups=g)
-        found[f"collectives, {groups} groups"] = lambda g=groups: collectives(mesh, g)
-    found["dropout"] = lambda: adapted(mesh, dropout=0.3, n_groups=1)
-    found["dropout, DoRA"] = lambda: adapted(mesh, dropout=0.3, dora=True, n_groups=2)
-    found["untied LoRA"] = lambda: adapted(mesh, n_groups=2, tie_embeddings=False)
-    for mode in ("selective", "full"):
-        found[f"checkpointing {mode}"] = lambda m=mode: full(mesh, m, n_groups=1)
-    for kind in ("nf4", "fp4", "int8"):
-        found[kind] = lambda k=kind: quantized(mesh, k)
-    found["refusals"] = lambda: refusals(mesh)
-    found["refused blocks"] = lambda: refused_blocks(mesh)
-    found["control: naive columns"] = lambda: naive_columns(mesh)
-    found["control: no gradient sum of B and C"] = lambda: without(
-        mesh, "copy_to_ranks", layout, n_groups=1
-    )
-    found["control: no sum in the norm"] = lambda: without(
-        mesh, "sum_both_ways", tensor_parallel, n_groups=1
-    )
-    if mesh.size() == 4:
-        found["FSDP2, 2 x 2"] = lambda: sharded_twice(mesh)
+        of = {"n_groups": groups}
+        found |= {
+            f"full, {groups} groups": partial(full, mesh, **of),
+            f"LoRA, {groups} groups": partial(adapted, mesh, **of),
+            f"DoRA, {groups} groups": partial(adapted, mesh, dora=True, **of),
+            f"cached, {groups} groups": partial(cached, mesh, **of),
+            f"collectives, {groups} groups": partial(collectives, mesh, groups),
+        }
+    found |= {
+        "steps, full, 8 groups": partial(steps, mesh, False, n_groups=8),
+        "steps, LoRA, 1 groups": partial(steps, mesh, True, n_groups=1),
+        "steps, float64, LoRA, 2 groups": partial(steps, mesh, True, torch.float64, n_groups=2),
+        "nf4": partial(quantized, mesh, "nf4"),
+        "from slices": partial(from_slices, mesh, n_groups=2),
+        "refusals": partial(refusals, mesh),
+        "control: naive columns": partial(naive_columns, mesh),
+        "control: no gradient sum of B and C": partial(
+            without, mesh, "copy_to_ranks", layout, n_groups=1
+        ),
+        "control: no sum in the norm": partial(
+            without, mesh, "sum_both_ways", tensor_parallel, n_groups=1
+        ),
+    }
+    if n == 2:
+        both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+        found |= {
+            "untied": partial(full, mesh, n_groups=2, tie_embeddings=False, use_bias=False),
+            "untied LoRA": partial(adapted, mesh, n_groups=2, tie_embeddings=False),
+            "dropout": partial(adapted, mesh, dropout=0.3, n_groups=1),
+            "dropout, DoRA": partial(adapted, mesh, dropout=0.3, dora=True, n_groups=2),
+            "checkpointing selective": partial(full, mesh, "selective", n_groups=1),
+            "checkpointing full": partial(full, mesh, "full", n_groups=1),
+            "one rank": partial(one_rank, both),
+            "fp4": partial(quantized, mesh, "fp4"),
+            "int8": partial(quantized, mesh, "int8"),
+            "block by block": partial(block_by_block, mesh),
+            "compiled": partial(compiled, mesh),
+            "largest logits": partial(largest_logits, mesh),
+        }
+    else:
+        found |= {"FSDP2": partial(sharded_twice, mesh)}
     return found
 
 
