@@ -18,7 +18,7 @@ reads as a plain tensor, what this rank computes with: no op sees a DTensor.
 """
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -128,7 +128,8 @@ def distribute(module: nn.Module, name: str, mesh: DeviceMesh, *parts: Part) -> 
 
 def specialize(module: nn.Module, *mixins: type, names: Sequence[str] = ()) -> None:
     """Let a module's class be preceded by `mixins`, and read `names` as this rank's tensors."""
-    module.__class__ = _specialized(type(module), mixins, tuple(names))
+    cls: Any = type(module)
+    module.__class__ = _specialized(cls, mixins, tuple(names))
 
 
 def local_parts(module: nn.Module, name: str) -> list[Tensor]:
@@ -138,7 +139,9 @@ def local_parts(module: nn.Module, name: str) -> list[Tensor]:
     values: list[Tensor] = []
     for part in parts:
         parameter: Any = module._parameters[f"{name}_{part.kind}"]
-        values.append(parameter.to_local())
+        # of a frozen one without a node of autograd, which costs more than a small op
+        with torch.set_grad_enabled(parameter.requires_grad and torch.is_grad_enabled()):
+            values.append(parameter.to_local())
     partial = [i for i, part in enumerate(parts) if part.is_partial]
     if partial:
         joined = torch.cat([values[i] for i in partial]) if len(partial) > 1 else values[partial[0]]
@@ -157,11 +160,10 @@ def share(size: int, mesh: DeviceMesh) -> slice:
 
 
 @cache
-def _specialized(cls: Hashable, mixins: tuple[type, ...], names: tuple[str, ...]) -> Any:
+def _specialized(cls: Any, mixins: tuple[type, ...], names: tuple[str, ...]) -> Any:
     """One class for all alike, which torch.compile then compiles once, under its own name, by
     which peft and bitsandbytes know their layers."""
-    bases: Any = (*mixins, cls)
-    return type(bases[-1].__name__, bases, {name: _local(name) for name in names})
+    return type(cls.__name__, (*mixins, cls), {name: _local(name) for name in names})
 
 
 def _local(name: str) -> property:

@@ -266,7 +266,8 @@ def _split_vocabulary(model: Any, mesh: DeviceMesh) -> None:
     _split_rows(head, mesh, (ROWS,))
     for layer, mixin in ((embeddings, VocabularyEmbedding), (head, VocabularyHead)):
         layer.mesh, layer.vocab_size = mesh, model.config.vocab_size
-        specialize(layer, mixin)
+        if mesh.size() > 1:
+            specialize(layer, mixin)
     specialize(model, TiedModel)
     if tied:
         model.tie_weights()
