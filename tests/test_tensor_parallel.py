@@ -41,7 +41,7 @@ def case(results, name):
 def test_loss_logits_and_gradients(results, name):
     """In float64; packed, padded, biases and norms drawn, 81 tokens over 2 or 4 ranks."""
     found = case(results, name)
-    assert found["n_gradients"] >= 12
+    assert found["n_gradients"] >= 8
     for what in ("loss", "logits", "gradients"):
         assert found[what] < 1e-12, found
 
@@ -58,7 +58,7 @@ def test_quantized(results, name):
 @pytest.mark.parametrize(
     ("name", "tolerance"),
     [
-        ("steps, full, 8 groups", 1e-5),
+        ("steps, full, 2 groups", 1e-5),
         ("steps, LoRA, 1 groups", 1e-5),
         ("steps, float64, LoRA, 2 groups", 1e-12),
     ],
@@ -93,7 +93,14 @@ def test_two_dimensions(results):
 
 
 def test_one_rank_has_the_same_parameters(results):
-    assert case(results, "one rank")["same"]
+    found = case(results, "one rank")
+    assert found["same"]
+    assert found["full"] < 1e-12
+
+
+def test_the_audit_of_gradients_knows_the_pieces(results):
+    message = case(results, "from slices")["silent"]
+    assert "such as backbone.layers.1.mixer.out_proj.lora_B.default.weight:" in message
 
 
 def test_no_more_logits_than_a_chunk_of_rows(results):

@@ -7,6 +7,7 @@ the single process. An error is the largest difference over the largest value.
 import copy
 import json
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from mamba2_train import loss
 from mamba2_train.adapters import add_lora, train_in_full
+from mamba2_train.audit import check_gradients
 from mamba2_train.errors import UserError
 from mamba2_train.generation import generate
 from mamba2_train.model import Mamba2Config, Mamba2LM
@@ -209,7 +211,7 @@ def cached(mesh: DeviceMesh, **fields: Any) -> dict[str, float]:
     return {"logits": error(logits[1], logits[0]), "tokens": error(tokens[1], tokens[0])}
 
 
-def from_slices(mesh: DeviceMesh, **fields: Any) -> dict[str, float]:
+def from_slices(mesh: DeviceMesh, **fields: Any) -> dict[str, Any]:
     """On the meta device, and filled with what `pieces` says."""
     plain = drawn(small(**fields))
     add_lora(plain, EVERYTHING, r=4, alpha=8)
@@ -243,7 +245,14 @@ def from_slices(mesh: DeviceMesh, **fields: Any) -> dict[str, float]:
     parallel.tie_weights()
     for p, q in zip(parallel.parameters(), empty.values(), strict=True):
         p.requires_grad_(q.requires_grad)
-    return compare(plain, parallel)
+    found = compare(plain, parallel)
+    check_gradients(parallel)  # its B is zero, so its A has none, which is no fault
+    parallel.backbone.layers[1].mixer.out_proj.lora_B["default"].weight_tp.grad = None
+    try:
+        check_gradients(parallel)
+    except UserError as e:
+        return found | {"silent": str(e)}
+    return found
 
 
 def collectives(mesh: DeviceMesh, n_groups: int) -> dict[str, int]:
@@ -358,7 +367,11 @@ def one_rank(both: DeviceMesh) -> dict[str, Any]:
     parallelize(alone, both["data"])
     parallelize(many, both["tensor"])
     shapes = [{n: list(p.shape) for n, p in m.named_parameters()} for m in (alone, many)]
-    return {"same": shapes[0] == shapes[1]} | compare(plain, alone)
+    unadapted = drawn(small())
+    split = copy.deepcopy(unadapted)
+    parallelize(split, both["data"])
+    full = compare(unadapted, split)  # with torch's fused loss
+    return {"same": shapes[0] == shapes[1], "full": full["gradients"]} | compare(plain, alone)
 
 
 def block_by_block(mesh: DeviceMesh) -> dict[str, Any]:
@@ -387,7 +400,7 @@ def block_by_block(mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def compiled(mesh: DeviceMesh) -> dict[str, Any]:
-    plain = drawn(small(n_groups=1))
+    plain = drawn(small(n_groups=1, n_layers=1))
     add_lora(plain, EVERYTHING, r=4, alpha=8)
     plain.double()
     redraw(plain, ("lora_",))
@@ -434,7 +447,7 @@ def cases(mesh: DeviceMesh) -> dict[str, Callable[[], dict[str, Any]]]:
             f"collectives, {groups} groups": partial(collectives, mesh, groups),
         }
     found |= {
-        "steps, full, 8 groups": partial(steps, mesh, False, n_groups=8),
+        "steps, full, 2 groups": partial(steps, mesh, False, n_groups=2),
         "steps, LoRA, 1 groups": partial(steps, mesh, True, n_groups=1),
         "steps, float64, LoRA, 2 groups": partial(steps, mesh, True, torch.float64, n_groups=2),
         "nf4": partial(quantized, mesh, "nf4"),
@@ -476,9 +489,10 @@ def main() -> None:
     results = {}
     for name, case in cases(mesh).items():
         if not only or any(part in name for part in only):
+            began = time.perf_counter()
             results[name] = case()
             if only and dist.get_rank() == 0:
-                print(name, results[name], flush=True)
+                print(f"{time.perf_counter() - began:5.1f} s", name, results[name], flush=True)
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(results, file)
