@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from mamba2_train.errors import UserError
 from mamba2_train.parallel.layout import specialize
 from mamba2_train.quantization import BLOCK, bitsandbytes
 
@@ -25,34 +24,19 @@ def distribute_quantized(
 
     Args:
         rows: indices of those that are kept; None keeps all.
-        columns: that are kept, likewise.
-
-    Raises:
-        UserError: parts that are not whole blocks.
+        columns: that are kept, likewise. In 4 bits `check_divisible` has seen that parts are whole
+            blocks.
     """
-    d_out, d_in = layer.out_features, layer.in_features
-    rows = torch.arange(d_out) if rows is None else rows
-    columns = slice(0, d_in) if columns is None else columns
-    if type(layer).__name__ == "Linear4bit":
-        n_columns = columns.stop - columns.start
-        if d_in % BLOCK or n_columns % BLOCK:
-            raise UserError(
-                f"in 4 bits {BLOCK} weights share a scale, and {mesh.size()} tensor-parallel ranks "
-                f"would have {n_columns} of a row's {d_in}; choose a number of ranks that leaves "
-                f"a multiple of {BLOCK}, or quantization=int8"
-            )
-        _take_4bit(layer, rows, columns)
-        mixin: type = Part4bit
-    else:
-        scales = layer.state.SCB
-        layer.state.SCB = scales[rows.to(scales.device)]
-        layer.weight = nn.Parameter(layer.weight.data[rows.to(scales.device), columns], False)
-        mixin = PartInt8
+    is_4bit = type(layer).__name__ == "Linear4bit"
+    if mesh.size() > 1:  # else all of it, as it is
+        rows = torch.arange(layer.out_features) if rows is None else rows
+        columns = slice(0, layer.in_features) if columns is None else columns
+        (_take_4bit if is_4bit else _take_int8)(layer, rows.to(layer.weight.device), columns)
     local = layer._parameters.pop("weight").data
     # codes follow no plain tensor's order; put together they are what all ranks hold
     packed = DTensor.from_local(local.contiguous(), mesh, [Shard(0)], run_check=False)
     layer.weight_tp = nn.Parameter(packed, requires_grad=False)
-    specialize(layer, mixin)
+    specialize(layer, Part4bit if is_4bit else PartInt8)
 
 
 class PartInt8(nn.Module):
@@ -82,13 +66,17 @@ class Part4bit(nn.Module):
         )
 
 
+def _take_int8(layer: Any, rows: Tensor, columns: slice) -> None:
+    layer.state.SCB = layer.state.SCB[rows]
+    layer.weight = nn.Parameter(layer.weight.data[rows, columns], requires_grad=False)
+
+
 def _take_4bit(layer: Any, rows: Tensor, columns: slice) -> None:
     functional = bitsandbytes().functional
     state, d_in = layer.weight.quant_state, layer.in_features
     absmax = state.absmax
     if state.nested:
         absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
-    rows = rows.to(absmax.device)
     codes = layer.weight.data.view(-1, d_in // 2)[rows, columns.start // 2 : columns.stop // 2]
     absmax = absmax.view(-1, d_in // BLOCK)
     absmax = absmax[rows, columns.start // BLOCK : columns.stop // BLOCK]

@@ -41,7 +41,7 @@ from mamba2_train.parallel.layout import (
 )
 from mamba2_train.parallel.quantized import distribute_quantized
 from mamba2_train.parallel.vocabulary import VocabularyEmbedding, VocabularyHead
-from mamba2_train.quantization import is_quantized_layer
+from mamba2_train.quantization import BLOCK, is_quantized_layer
 
 
 def parallelize(
@@ -66,6 +66,8 @@ def parallelize(
     for layer in model.backbone.layers:
         if before_block is not None:
             before_block(layer)
+        in_4bit = any(type(module).__name__ == "Linear4bit" for module in layer.modules())
+        check_divisible(model.config, mesh.size(), in_4bit=in_4bit)
         _split_mixer(layer.mixer, mesh)
     _split_vocabulary(model, mesh)
     for module in model.modules():
@@ -74,18 +76,26 @@ def parallelize(
                 distribute(module, name, mesh, WHOLE)
 
 
-def check_divisible(config: Mamba2Config, n_ranks: int) -> None:
-    """Raise a UserError that names the sizes that work, unless this one does."""
+def check_divisible(config: Mamba2Config, n_ranks: int, *, in_4bit: bool = False) -> None:
+    """Raise a UserError that names the numbers of ranks that work, unless this one does."""
+    ranks = f"{n_ranks} tensor-parallel ranks"
     sizes = [n for n in range(1, config.n_heads + 1) if _divides(config, n)]
     if n_ranks not in sizes:
         raise UserError(
-            f"{n_ranks} tensor-parallel ranks cannot share {config.n_heads} heads in "
-            f"{config.n_groups} groups evenly; choose a number of {', '.join(map(str, sizes))}"
+            f"{ranks} cannot share {config.n_heads} heads in {config.n_groups} groups evenly; "
+            f"choose a number of {', '.join(map(str, sizes))}"
         )
     if -(-config.vocab_size // n_ranks) * (n_ranks - 1) >= config.vocab_size:
         raise UserError(
-            f"{n_ranks} tensor-parallel ranks cannot share {config.vocab_size} tokens, some would "
-            f"have none; choose fewer ranks"
+            f"{ranks} cannot share {config.vocab_size} tokens, some would have none; choose fewer"
+        )
+    aligned = config.d_model % BLOCK == 0
+    sizes = [n for n in sizes if n == 1 or (aligned and config.d_inner // n % BLOCK == 0)]
+    if in_4bit and n_ranks not in sizes:
+        raise UserError(
+            f"in 4 bits {BLOCK} weights share a scale, and {ranks} would cut these blocks: in_proj "
+            f"has {config.d_model} inputs, out_proj {config.d_inner}; choose a number of "
+            f"{', '.join(map(str, sizes))}, or quantization=int8"
         )
 
 

@@ -381,7 +381,11 @@ def one_rank(both: DeviceMesh) -> dict[str, Any]:
     split = copy.deepcopy(unadapted)
     parallelize(split, both["data"])
     full = compare(unadapted, split)  # with torch's fused loss
-    return {"same": shapes[0] == shapes[1], "full": full["gradients"]} | compare(plain, alone)
+    base = quantized_model("nf4", small())  # no multiple of a block
+    whole = copy.deepcopy(base)
+    parallelize(whole, both["data"])
+    others = {"full": full["gradients"], "nf4": compare(base, whole)["gradients"]}
+    return {"same": shapes[0] == shapes[1]} | others | compare(plain, alone)
 
 
 def block_by_block(mesh: DeviceMesh) -> dict[str, Any]:
