@@ -126,6 +126,12 @@ def test_the_audit_of_gradients_knows_the_pieces(results):
     assert "such as backbone.layers.1.mixer.out_proj.lora_B.default.weight:" in message
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "autocast"])
+def test_narrow_dtypes_cost_no_more_than_in_one_process(results, name):
+    found = results(2)[name]
+    assert found["ranks"] < min(2 * found["one"], 0.1), found
+
+
 def test_no_more_logits_than_a_chunk_of_rows(results):
     found = results(2)["largest logits"]
     assert found["rows"] == found["chunk"]

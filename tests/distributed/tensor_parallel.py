@@ -165,6 +165,34 @@ def quantized(mesh: DeviceMesh, kind: str) -> dict[str, float]:
     return compare(plain, parallel)
 
 
+def narrow(mesh: DeviceMesh, autocast: bool) -> dict[str, float]:
+    """Worst gradient beside float64's: of one process, the price of rounding, and of the ranks.
+
+    Under autocast in full, or LoRA in float32 on a bfloat16 base.
+    """
+    truth = drawn(small(n_groups=1))
+    if not autocast:
+        add_lora(truth, EVERYTHING, r=4, alpha=8)
+        truth.double()
+        redraw(truth, ("lora_",))
+    plain = copy.deepcopy(truth)
+    for name, p in plain.named_parameters():
+        wide = autocast or "lora_" in name or name.endswith(("A_log", "D", "dt_bias"))
+        p.data = p.data.to(torch.float32 if wide else torch.bfloat16)
+    parallel = copy.deepcopy(plain)
+    parallelize(parallel, mesh)
+    for model in (truth, plain, parallel):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and model is not truth):
+            summed = model(**batch(), reduction="sum").loss
+        summed.backward()
+    want, one = gradients(truth), gradients(plain)
+    ranks = dict(plain_tensors(parallel, lambda p: p.grad))
+    return {
+        "one": max(error(one[name].double(), want[name]) for name in want),
+        "ranks": max(error(ranks[name].double(), want[name]) for name in want),
+    }
+
+
 def steps(
     mesh: DeviceMesh, lora: bool, dtype: torch.dtype = torch.float32, **fields: Any
 ) -> dict[str, float]:
@@ -488,6 +516,8 @@ def cases(mesh: DeviceMesh) -> dict[str, Callable[[], dict[str, Any]]]:
             "fp4": partial(quantized, mesh, "fp4"),
             "int8": partial(quantized, mesh, "int8"),
             "block by block": partial(block_by_block, mesh),
+            "bfloat16": partial(narrow, mesh, autocast=False),
+            "autocast": partial(narrow, mesh, autocast=True),
             "compiled": partial(compiled, mesh),
             "largest logits": partial(largest_logits, mesh),
         }
