@@ -304,8 +304,8 @@ class Mamba2Block(nn.Module):
         Nothing comes after a plain `out_proj`, so it is never repeated. A product along fewer than
         d_model numbers (an adapter's second) costs less than its room.
         """
-        if op is torch.ops.aten.mm.default or op is torch.ops.aten.addmm.default:
-            (inner, width), c = args[-1].shape, self.mixer.config
+        if (product := _product(op, args)) is not None:
+            (inner, width), c = product, self.mixer.config
             is_last = (inner, width) == (c.d_inner, c.d_model)
             # an adapted layer is a module of modules
             is_last &= next(self.mixer.out_proj.children(), None) is None
@@ -539,6 +539,16 @@ def _uncached_autocast() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
+
+
+def _product(op: Any, args: tuple[Any, ...]) -> tuple[int, int] | None:
+    """Features in and out, if this is a linear layer's product."""
+    if op is torch.ops.aten.mm.default or op is torch.ops.aten.addmm.default:
+        return tuple(args[-1].shape)
+    if str(op) == "bitsandbytes.gemm_4bit.default":  # by name: few runs need the library
+        width, inner = args[2]
+        return inner, width
+    return None
 
 
 def _output_and_state(result: Any, has_state: bool) -> tuple[Tensor, Any]:

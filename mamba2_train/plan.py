@@ -2,8 +2,9 @@
 
 Nothing is fitted to a measurement. The model with its adapters is built on the meta device and
 takes a training step on tensors without contents, while `memory.LiveMemory` counts what is alive
-(`simulated`). Live bytes at a given moment of a step are linear in the number of blocks, so two
-short models tell those of a long one, moment by moment:
+(`simulated`); its optimizer does the same (`optimizer_bytes`). Live bytes at a given moment of a
+step are linear in the number of blocks, so two short models tell those of a long one, moment by
+moment:
 
     forward    weights + optimizer + the last step's gradients + activations
     loss       the same + a chunk of logits
@@ -14,12 +15,13 @@ short models tell those of a long one, moment by moment:
 
 The peak is the largest of them. Arithmetic adds what is not in the model:
 
-    adamw       two moments like the weights; on a GPU its update holds a third for a moment
-    8-bit       two moments of a byte, and for each a float32 scale to 256
+    8-bit       two moments of a byte, and a float32 scale to 256 of each; of what is below 4096
+                elements, two float32 ones. Paged ones may leave the GPU, all but their scales
     nf4, fp4    0.5 byte a weight + 1 byte to 64 + 4 bytes to 64 x 256 (scales, quantized too);
                 int8: 1 byte + 4 a row. And one weight at a time as the product wants it
     ddp         the gradients once more, in buckets
     fsdp of n   weights, gradients and optimizer / n; + two blocks, embeddings and head whole
+    fsdp_tp     tp's model, sharded as by fsdp over n / tensor
     tp of n     a model of d_inner / n: heads are divided; embeddings, head and residual stream
                 are whole on each
 
@@ -46,20 +48,23 @@ from mamba2_train.model import (
     checkpointing_interval,
     flops_per_token,
 )
-from mamba2_train.schema import TrainConfig
+from mamba2_train.optim import build_optimizer
+from mamba2_train.quantization import PROJECTIONS
+from mamba2_train.schema import AdamWConfig, OptimizerConfig, TrainConfig
 
 GB = 2**30  # as the makers of GPUs count
 CONTEXT = 0.6 * GB  # CUDA's context, its libraries and kernels
 UNUSABLE = 0.05  # share of a GPU: the driver's, and holes between the allocator's blocks
 BITS4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight, scales included
 LEAST_8BIT = 4096  # elements; bitsandbytes keeps smaller moments in float32
+LEAST_PAGED = 100_000  # elements; it keeps smaller moments on the GPU
 PRECISIONS = {  # name of configs/precision -> its settings
     "fp32": {"weights": "float32", "autocast": None},
     "bf16-mixed": {"weights": "float32", "autocast": "bfloat16"},
     "bf16": {"weights": "bfloat16", "autocast": None},
 }
+WHOLE = ("single", "ddp")  # strategies that have the whole model on each GPU
 MODES = ("none", "selective", "full", "every_2")
-PROJECTIONS = ("in_proj", "out_proj")  # what quantization stores otherwise
 
 Adapt = Callable[[Mamba2LM, TrainConfig], Any]
 
@@ -105,17 +110,25 @@ class Plan:
     Args:
         adapt: puts the adapters on a model, and marks what is trained.
         gpu: plan for a GPU; False: for this machine's CPU.
+        tensor: of fsdp_tp, the processes that share the heads.
     """
 
     def __init__(
-        self, config: TrainConfig, shape: Mamba2Config, adapt: Adapt, *, gpu: bool = True
+        self,
+        config: TrainConfig,
+        shape: Mamba2Config,
+        adapt: Adapt,
+        *,
+        gpu: bool = True,
+        tensor: int = 2,
     ) -> None:
         self.config, self.shape, self.adapt, self.gpu = config, shape, adapt, gpu
+        self.tensor = tensor
         self._moments: dict[tuple[Any, ...], Moments] = {}
+        self._optimizers: dict[str, tuple[float, float]] = {}
+        # what plans of one model have in common
         self._sliced: dict[int, Plan] = {}
-        self._build()
-
-    def _build(self) -> None:
+        self._by_weights: dict[str, Plan] = {config.precision.weights: self}
         self.model = _built(self.config, self.shape, self.adapt)
         parameters = list(self.model.parameters())
         self.trained = [p for p in parameters if p.requires_grad]
@@ -126,30 +139,45 @@ class Plan:
 
     def of(self, config: TrainConfig) -> "Plan":
         """The plan of another run, with what is known already of the same model."""
-        other = copy.copy(self)
+        if config.adapter != self.config.adapter:
+            return Plan(config, self.shape, self.adapt, gpu=self.gpu, tensor=self.tensor)
+        weights = config.precision.weights
+        if weights not in self._by_weights:
+            self._by_weights[weights] = Plan(
+                config, self.shape, self.adapt, gpu=self.gpu, tensor=self.tensor
+            )
+            self._by_weights[weights]._by_weights = self._by_weights
+        other = copy.copy(self._by_weights[weights])
         other.config = config
-        if (config.adapter, config.precision.weights) != (
-            self.config.adapter,
-            self.config.precision.weights,
-        ):
-            other._moments = {}
-            other._build()
-        other._sliced = {n: sliced.of(config) for n, sliced in self._sliced.items()}
         return other
 
+    def strategies(self, n: int) -> tuple[str, ...]:
+        """In which `n` GPUs may share the run."""
+        if n == 1:
+            return ("single",)
+        both = n > self.tensor > 1 and n % self.tensor == 0
+        return ("ddp", "fsdp", "tp", "fsdp_tp") if both else ("ddp", "fsdp", "tp")
+
     def memory(self, strategy: str = "single", n: int = 1) -> Memory:
-        """Of each of the `n` processes of a strategy.
+        """Of each of the `n` processes of a strategy: single, ddp, fsdp, tp or fsdp_tp.
 
         Raises:
-            UserError: heads that cannot be divided over the processes.
+            UserError: heads that cannot be divided over the processes, or what cannot be sharded.
         """
-        if strategy == "tp":
-            if n not in self._sliced:
-                shape = _Sliced.of(self.shape, n)
-                self._sliced[n] = Plan(self.config, shape, self.adapt, gpu=self.gpu)
-            return dataclasses.replace(self._sliced[n].memory(), strategy=strategy)
+        if strategy not in WHOLE and not _can_be_sharded(self.config):
+            raise UserError(f"strategy={strategy} cannot shard int8 weights or 8-bit optimizers")
+        if strategy in ("tp", "fsdp_tp"):
+            ranks = n if strategy == "tp" else self.tensor
+            if n % ranks:
+                raise UserError(f"{n} GPUs are no multiple of the {ranks} that share the heads")
+            if ranks not in self._sliced:
+                shape = _Sliced.of(self.shape, ranks)
+                self._sliced[ranks] = Plan(self.config, shape, self.adapt, gpu=self.gpu)
+            sliced = self._sliced[ranks].of(self.config)
+            memory = sliced.memory() if strategy == "tp" else sliced.memory("fsdp", n // ranks)
+            return dataclasses.replace(memory, strategy=strategy)
         m = self._step()
-        optimizer, update = _optimizer_bytes(self.config.optimizer.kind, self.trained, self.gpu)
+        optimizer, update = self._of_optimizer()
         saved, product = self._quantized()
         peaks = {
             "forward": m.forward + product,
@@ -229,36 +257,51 @@ class Plan:
             self._moments[key] = simulated(model, **settings, gpu=self.gpu)
         return self._moments[key]
 
+    def _of_optimizer(self) -> tuple[float, float]:
+        """Bytes of its state, and what its update holds besides."""
+        config = self.config.optimizer
+        if config.kind not in self._optimizers:
+            self._optimizers[config.kind] = optimizer_bytes(self.model, config, gpu=self.gpu)
+        return self._optimizers[config.kind]
+
     def _quantized(self) -> tuple[float, float]:
         """Bytes that quantization saves of the weights, and those of one weight for a product."""
-        kind = quantization_of(self.config)
+        kind = self.config.quantization.kind
         saved = product = 0.0
-        if kind == "none":
-            return saved, product
         for name, p in self.model.named_parameters():
-            if p.dim() == 2 and "lora_" not in name and any(f".{t}." in name for t in PROJECTIONS):
-                stored = p.numel() + 4 * p.shape[0] if kind == "int8" else BITS4 * p.numel()
-                saved += p.numel() * p.element_size() - stored
-                product = max(product, p.numel() * p.element_size())
+            size = p.numel() * p.element_size()
+            if (stored := stored_bytes(name, p, kind)) != size:
+                saved += size - stored
+                product = max(product, size)
         return saved, product
 
     def _gathered(self) -> float:
         """Bytes that FSDP holds whole: two blocks, a block's gradients, what is in no block."""
-        size = 2 if self.config.precision.autocast else None
+        kind, narrow = self.config.quantization.kind, self.config.precision.autocast is not None
+
+        def gathered(name: str, p: nn.Parameter) -> float:
+            return 2 * p.numel() if narrow else stored_bytes(name, p, kind)
+
         layers = self.model.backbone.layers
-        block = sum(p.numel() * (size or p.element_size()) for p in layers[0].parameters())
-        trained = [p for p in layers[0].parameters() if p.requires_grad]
+        block = list(layers[0].named_parameters())
         inside = {p for layer in layers for p in layer.parameters()}
-        rest = [p for p in self.model.parameters() if p not in inside]
+        rest = [(name, p) for name, p in self.model.named_parameters() if p not in inside]
         return (
-            2 * block
-            + sum(p.numel() * (size or p.element_size()) for p in trained)
-            + sum(p.numel() * (size or p.element_size()) for p in rest)
+            2 * sum(gathered(name, p) for name, p in block)
+            + sum(gathered(name, p) for name, p in block if p.requires_grad)
+            + sum(gathered(name, p) for name, p in rest)
         )
 
 
-def strategies(n_gpus: int) -> tuple[str, ...]:
-    return ("single",) if n_gpus == 1 else ("ddp", "fsdp", "tp")
+def stored_bytes(name: str, p: nn.Parameter, quantization: str) -> float:
+    """Of a parameter, quantized or not."""
+    # a layer under an adapter is in its base_layer
+    is_projection = name.replace(".base_layer", "").endswith(
+        tuple(f"{projection}.weight" for projection in PROJECTIONS)
+    )
+    if quantization == "none" or not is_projection:
+        return p.numel() * p.element_size()
+    return p.numel() + 4 * p.shape[0] if quantization == "int8" else BITS4 * p.numel()
 
 
 def variants(config: TrainConfig) -> Iterator[tuple[str, str, TrainConfig]]:
@@ -267,36 +310,42 @@ def variants(config: TrainConfig) -> Iterator[tuple[str, str, TrainConfig]]:
         values = config.model_dump()
         values["precision"] = PRECISIONS[precision]
         values["model"]["checkpointing"] = mode
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, UserError):
             yield precision, mode, type(config).model_validate(values)
 
 
 def cure(
-    plan: Plan, fits: Callable[[Memory], bool], strategy: str = "single", n: int = 1
+    plan: Plan,
+    fits: Callable[[Memory], bool],
+    strategy: str = "single",
+    n: int = 1,
 ) -> tuple[dict[str, str], Memory] | None:
     """The cheapest flags with which a run fits, and what it then takes; None if none do."""
     candidates = [
         (flags, plan.of(changed))
         for flags, changed in smaller(plan.config)
-        if strategy != "fsdp" or _can_be_sharded(changed)
+        if strategy in WHOLE or _can_be_sharded(changed)
     ]
-    # the last has every flag at its strongest: where that is too much, all are
-    if not candidates or not fits(candidates[-1][1].memory(strategy, n)):
+    if not candidates:
+        return None
+    # none has fewer weights and moments than the last, which has every flag at its strongest
+    last = candidates[-1][1].memory(strategy, n)
+    if not fits(dataclasses.replace(last, peak=last.weights + last.optimizer)):
         return None
     found = ((flags, changed.memory(strategy, n)) for flags, changed in candidates)
     return next((flags, memory) for flags, memory in found if fits(memory))
 
 
-def shortage(plan: Plan, free: int, strategy: str = "single") -> str | None:
+def shortage(plan: Plan, free: int, strategy: str = "single", n: int = 1) -> str | None:
     """One line for a run that is likely to exceed the `free` bytes of a GPU, with the cure."""
 
     def fits(memory: Memory) -> bool:
         return memory.on_gpu <= free
 
-    needed = plan.memory(strategy)
+    needed = plan.memory(strategy, n)
     if fits(needed):
         return None
-    found = cure(plan, fits, strategy)
+    found = cure(plan, fits, strategy, n)
     instead = "no flags make it fit: take a larger GPU"
     if found is not None:
         instead = f"{shown(found[0])} would need {found[1].on_gpu / GB:.1f}"
@@ -361,8 +410,40 @@ def simulated(
     return Moments(weights, gradients, activations, forward, at_loss, head, top, bottom)
 
 
-def quantization_of(config: TrainConfig) -> str:
-    return getattr(getattr(config, "quantization", None), "kind", "none")
+def optimizer_bytes(model: Mamba2LM, config: OptimizerConfig, *, gpu: bool) -> tuple[float, float]:
+    """Of an optimizer's state, and of what its update holds besides.
+
+    Args:
+        model: on the meta device; it is left as it is.
+    """
+    if isinstance(config, AdamWConfig) and config.needs_bitsandbytes:
+        paged = gpu and config.kind.startswith("paged")
+        return _bytes_in_8_bits([p.numel() for p in model.parameters() if p.requires_grad], paged)
+    model = copy.deepcopy(model)
+    with counted(gpu=gpu) as count:
+        for p in _materialized(model, gpu=gpu):
+            p.grad = torch.empty_like(p)
+        before = count.live
+        optimizer = build_optimizer(model, config)
+        optimizer.step()  # makes the state
+        state = count.live - before
+        count.restart()
+        optimizer.step()
+        return state, count.peak - count.live
+
+
+def _bytes_in_8_bits(sizes: list[int], paged: bool) -> tuple[float, float]:
+    """What bitsandbytes does in an update is in registers; what is paged comes in for it."""
+    state = paged_in = 0.0
+    for n in sizes:
+        moments = 2.0 * n * (1 if n >= LEAST_8BIT else 4)
+        if n >= LEAST_8BIT:
+            state += 2 * 4 * -(-n // 256)
+        if paged and n >= LEAST_PAGED:
+            paged_in = max(paged_in, moments)
+        else:
+            state += moments
+    return state, paged_in
 
 
 def smaller(config: TrainConfig) -> Iterator[tuple[dict[str, str], TrainConfig]]:
@@ -384,7 +465,7 @@ def smaller(config: TrainConfig) -> Iterator[tuple[dict[str, str], TrainConfig]]
             )
             for i in range(1, batch.bit_length())
         ],
-        [(2, {"optimizer": "adamw_8bit"})],
+        [(2, {"optimizer": "adamw_8bit"})] if config.optimizer.kind == "adamw" else [],
         [(3, {"quantization": "nf4"})],
     ]
     choices = itertools.product(*([(0.0, {}), *lever] for lever in levers))
@@ -396,7 +477,7 @@ def smaller(config: TrainConfig) -> Iterator[tuple[dict[str, str], TrainConfig]]
 
 def _can_be_sharded(config: TrainConfig) -> bool:
     """bitsandbytes' optimizers and int8 weights know no shards."""
-    return not config.optimizer.kind.endswith("8bit") and quantization_of(config) != "int8"
+    return not config.optimizer.kind.endswith("8bit") and config.quantization.kind != "int8"
 
 
 def _changed(config: TrainConfig, flags: dict[str, str]) -> TrainConfig | None:
@@ -406,18 +487,18 @@ def _changed(config: TrainConfig, flags: dict[str, str]) -> TrainConfig | None:
         group, _, field = key.partition(".")
         if group == "precision":
             # what is narrow already gains nothing
-            if values["precision"] != PRECISIONS["fp32"]:
+            if values["precision"] in (PRECISIONS[value], PRECISIONS["bf16"]):
                 return None
             values["precision"] = PRECISIONS[value]
         elif group in ("optimizer", "quantization"):
-            if values.get(group, {}).get("kind") == value:
+            if values[group]["kind"] != {"optimizer": "adamw", "quantization": "none"}[group]:
                 return None
-            values[group] = values.get(group, {}) | {"kind": value}
+            values[group]["kind"] = value
         else:
             values[group][field] = value
     try:
         return type(config).model_validate(values)
-    except ValueError:
+    except (ValueError, UserError):
         return None
 
 
@@ -501,21 +582,3 @@ class _Sliced(Mamba2Config):
 
 def _signature(block: nn.Module) -> tuple[Any, ...]:
     return tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters())
-
-
-def _optimizer_bytes(kind: str, trained: list[nn.Parameter], gpu: bool) -> tuple[float, float]:
-    """Of its state, and of what its update holds besides."""
-    sizes = [p.numel() * p.element_size() for p in trained]
-    if kind.endswith("8bit"):
-        small = [2 * 4 * p.numel() for p in trained if p.numel() < LEAST_8BIT]
-        large = [2 * (1 + 4 / 256) * p.numel() for p in trained if p.numel() >= LEAST_8BIT]
-        return sum(small) + sum(large), 0
-    if kind == "adafactor":
-        sums = [sum(p.shape) if p.dim() == 2 else p.numel() for p in trained]
-        return 4 * sum(sums), 3 * max(sizes)
-    if kind == "muon":
-        # one moment of a matrix, in its own dtype; its orthogonalisation holds some in bfloat16
-        state = sum(s if p.dim() == 2 else 2 * s for p, s in zip(trained, sizes, strict=True))
-        return state, 3 * max(sizes)
-    # all square roots at once on a GPU; on a CPU one weight at a time, as a root and as a quotient
-    return 2 * sum(sizes), sum(sizes) if gpu else 2 * max(sizes)

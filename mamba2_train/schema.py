@@ -428,6 +428,7 @@ class PlanSettings(Group):
     """What `mamba2-plan` plans for."""
 
     gpus: PositiveInt = Field(default=1, description="GPUs that share the run")
+    tensor: PositiveInt = Field(default=2, description="GPUs that share the heads in fsdp_tp")
     sizes: list[Annotated[float, Field(gt=0, le=1000)]] = Field(
         default=[24, 40, 80], min_length=1, description="memory of one GPU, GB"
     )

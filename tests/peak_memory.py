@@ -18,6 +18,7 @@ from mamba2_train.commands import extend_hydra
 from mamba2_train.commands.train import DTYPES, adapt
 from mamba2_train.model import Mamba2Config, Mamba2LM, initialize
 from mamba2_train.optim import build_optimizer
+from mamba2_train.quantization import is_quantized, quantize
 from mamba2_train.schema import TrainConfig, validated
 
 
@@ -31,9 +32,11 @@ def configured(overrides: list[str]) -> TrainConfig:
 def train(config: TrainConfig, shape: Mamba2Config) -> None:
     """In Lightning's order: the last step's gradients go after the forward pass."""
     model = initialize(Mamba2LM(shape))
-    for name, p in model.named_parameters():
+    for name, p in list(model.named_parameters()):
         if name.rpartition(".")[2] not in ("A_log", "D", "dt_bias"):
             p.data = p.data.to(DTYPES[config.precision.weights])
+        if config.quantization.stored is not None and is_quantized(name):
+            quantize(model, name, p.detach(), config.quantization.stored, dtype=p.dtype)
     model.tie_weights()
     adapt(model, config)
     model.set_checkpointing(config.model.checkpointing)

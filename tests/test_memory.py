@@ -13,6 +13,7 @@ from mamba2_train.adapters import add_lora
 from mamba2_train.benchmark import held
 from mamba2_train.memory import LiveMemory, counted
 from mamba2_train.model import Mamba2Config
+from mamba2_train.quantization import is_quantized, quantize
 
 # blocks in mamba2-130m's proportions
 SHAPE = Mamba2Config(d_model=192, n_layers=24, vocab_size=64, d_state=32, headdim=64)
@@ -150,3 +151,16 @@ def test_selective_keeps_an_adapted_out_proj_and_no_adapter_s_product(random_mod
         sizes.append(held(model, "selective", TOKENS))
     numbers = SHAPE.d_model + SHAPE.d_in_proj + SHAPE.d_model + 2 * 8  # and two of A's
     assert sizes[1] - sizes[0] == pytest.approx(4 * TOKENS.numel() * numbers, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_selective_keeps_the_same_of_quantized_projections(random_model, kind):
+    sizes = []
+    for quantized in (False, True):
+        model = random_model(dataclasses.replace(SHAPE, n_layers=3), dtype=torch.float32)
+        for name, p in list(model.named_parameters()):
+            if quantized and is_quantized(name):
+                quantize(model, name, p.detach(), kind, dtype=torch.float32)
+        add_lora(model, ["in_proj", "out_proj"], r=8, alpha=16)
+        sizes.append(held(model, "selective", TOKENS))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.001)

@@ -28,6 +28,7 @@ from mamba2_train.model import (
     flops_per_token,
     initialize,
 )
+from mamba2_train.quantization import is_quantized, quantize
 
 MAX_ERROR = 1e-5  # in fp32, norm of the difference over norm of the truth, per tensor
 
@@ -407,10 +408,17 @@ def test_checkpointing_changes_no_number(small_config, random_model, fields, dty
             assert torch.equal(grad, results["none"][1][name]), name
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_checkpointing_changes_no_number_of_lora_with_dropout(small_config, random_model, autocast):
+@pytest.mark.parametrize(
+    ("autocast", "quantization"), [(False, None), (True, None), (False, "nf4"), (False, "int8")]
+)
+def test_checkpointing_changes_no_number_of_lora_with_dropout(
+    small_config, random_model, autocast, quantization
+):
     """The same draws are made again for what is computed again."""
-    model = random_model(small_config(n_layers=3))
+    model = random_model(small_config(n_layers=3), dtype=torch.float32)
+    for name, p in list(model.named_parameters()):
+        if quantization and is_quantized(name):
+            quantize(model, name, p.detach(), quantization, dtype=torch.float32)
     add_lora(model, ["in_proj", "out_proj", "embeddings"], r=4, alpha=8, dropout=0.3)
     for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
         # beside a zero, the other factor would have no gradient

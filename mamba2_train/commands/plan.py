@@ -14,17 +14,18 @@ from rich.table import Table
 
 from mamba2_train.assets import resolve
 from mamba2_train.commands import command, console
-from mamba2_train.commands.train import adapt, model_shape
+from mamba2_train.commands.train import adapt, check_adapter, model_shape
 from mamba2_train.errors import UserError
 from mamba2_train.model import PRESETS, Mamba2Config
-from mamba2_train.plan import CONTEXT, GB, UNUSABLE, Memory, Plan, cure, shown, strategies, variants
+from mamba2_train.plan import CONTEXT, GB, UNUSABLE, Memory, Plan, cure, shown, variants
 from mamba2_train.schema import PlanConfig
 
 
 @command(PlanConfig, "plan")
 def main(config: PlanConfig) -> None:
     shape, n = known_shape(config), config.plan.gpus
-    plan = Plan(config, shape, adapt)
+    check_adapter(config, shape)
+    plan = Plan(config, shape, adapt, tensor=config.plan.tensor)
     rows = possible(plan, n)
     forward, step = plan.flops()
     rows_x_tokens = f"{config.data.batch_size} x {config.data.seq_len:,}"
@@ -74,8 +75,8 @@ def known_shape(config: PlanConfig) -> Mamba2Config:
 def possible(plan: Plan, n: int) -> list[Memory]:
     """Of every strategy that can divide the run; of one GPU: `single`."""
     found = []
-    for strategy in strategies(n):
-        with contextlib.suppress(UserError):  # heads that cannot be divided by n
+    for strategy in plan.strategies(n):
+        with contextlib.suppress(UserError):  # heads that cannot be divided, what is not sharded
             found.append(plan.memory(strategy, n))
     return found
 
@@ -92,11 +93,11 @@ def _breakdown(rows: list[Memory]) -> Table:
 def _variants(plan: Plan, n: int) -> tuple[Table, dict[str, dict[str, float]]]:
     """GB on the GPU for each precision and checkpointing mode."""
     cells: dict[str, dict[str, float]] = {}
-    table = Table("precision", "checkpointing", *strategies(n), box=None, padding=(0, 2, 0, 0))
+    table = Table("precision", "checkpointing", *plan.strategies(n), box=None, padding=(0, 2, 0, 0))
     for precision, mode, changed in variants(plan.config):
         found = {m.strategy: m.on_gpu for m in possible(plan.of(changed), n)}
         cells[f"{precision}, {mode}"] = found
-        figures = (f"{found[s] / GB:.2f}" if s in found else "-" for s in strategies(n))
+        figures = (f"{found[s] / GB:.2f}" if s in found else "-" for s in plan.strategies(n))
         table.add_row(precision, mode, *figures)
     return table, cells
 
@@ -106,7 +107,7 @@ def _answer(plan: Plan, n: int, size: float, rows: list[Memory]) -> str:
     if fitting:
         ways = ", ".join(f"{m.strategy} {m.on_gpu / GB:.1f}" for m in fitting)
         return f"{size:g} GB: yes ({ways})"
-    for strategy in strategies(n):
+    for strategy in plan.strategies(n):
         with contextlib.suppress(UserError):
             if found := cure(plan, lambda m: m.fits(size), strategy, n):
                 flags, memory = found

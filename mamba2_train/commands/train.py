@@ -185,7 +185,9 @@ def warn_of_memory(config: TrainConfig, shape: Mamba2Config) -> None:
     free, _ = torch.cuda.mem_get_info()
     devices, n_nodes = _processes(config.strategy)
     n = n_nodes * (devices if isinstance(devices, int) else torch.cuda.device_count())
-    line = shortage(Plan(config, shape, adapt), free, "ddp" if n > 1 else "single")
+    kind = config.strategy.kind
+    strategy = ("ddp" if n > 1 else "single") if kind == "auto" else kind
+    line = shortage(Plan(config, shape, adapt), free, strategy, n)
     if line is not None:
         logger.warning(line)
 
