@@ -164,8 +164,8 @@ class Plan:
         Raises:
             UserError: heads that cannot be divided over the processes, or what cannot be sharded.
         """
-        if strategy not in WHOLE and not _can_be_sharded(self.config):
-            raise UserError(f"strategy={strategy} cannot shard int8 weights or 8-bit optimizers")
+        if strategy not in WHOLE and (whole := _never_sharded(self.config)):
+            raise UserError(f"strategy={strategy} cannot shard {whole}")
         if strategy in ("tp", "fsdp_tp"):
             ranks = n if strategy == "tp" else self.tensor
             if n % ranks:
@@ -324,7 +324,7 @@ def cure(
     candidates = [
         (flags, plan.of(changed))
         for flags, changed in smaller(plan.config)
-        if strategy in WHOLE or _can_be_sharded(changed)
+        if strategy in WHOLE or not _never_sharded(changed)
     ]
     if not candidates:
         return None
@@ -475,9 +475,11 @@ def smaller(config: TrainConfig) -> Iterator[tuple[dict[str, str], TrainConfig]]
             yield flags, changed
 
 
-def _can_be_sharded(config: TrainConfig) -> bool:
-    """bitsandbytes' optimizers and int8 weights know no shards."""
-    return not config.optimizer.kind.endswith("8bit") and config.quantization.kind != "int8"
+def _never_sharded(config: TrainConfig) -> str:
+    """What of a run knows no shards, and what to take instead; empty if all does."""
+    if config.optimizer.kind.endswith("8bit"):
+        return f"what optimizer={config.optimizer.kind} keeps: use optimizer=adamw"
+    return "quantization=int8: use quantization=nf4" if config.quantization.kind == "int8" else ""
 
 
 def _changed(config: TrainConfig, flags: dict[str, str]) -> TrainConfig | None:

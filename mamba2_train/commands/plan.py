@@ -26,17 +26,20 @@ def main(config: PlanConfig) -> None:
     shape, n = known_shape(config), config.plan.gpus
     check_adapter(config, shape)
     plan = Plan(config, shape, adapt, tensor=config.plan.tensor)
-    rows = possible(plan, n)
+    rows, refused = possible(plan, n)
     forward, step = plan.flops()
     rows_x_tokens = f"{config.data.batch_size} x {config.data.seq_len:,}"
     console.print(
         f"[bold]{config.model.source or config.model.preset}[/]  {plan.n_parameters:,} parameters, "
         f"{plan.n_trained:,} trained ({plan.n_trained / plan.n_parameters:.2%}); rows x tokens "
         f"{rows_x_tokens} on each of {n} GPU{'s' * (n > 1)}\n"
-        f"FLOPs per token: {forward / 1e9:.2f} G forward, {step / 1e9:.2f} G a training step\n",
+        f"FLOPs per token: {forward / 1e9:.3g} G forward, {step / 1e9:.3g} G a training step\n",
         soft_wrap=True,
     )
     console.print(_breakdown(rows))
+    for reason in dict.fromkeys(refused):
+        console.print(f"[yellow]{reason}[/]", soft_wrap=True)
+    console.print()
     table, cells = _variants(plan, n)
     console.print(table)
     answers = [_answer(plan, n, size, rows) for size in config.plan.sizes]
@@ -72,18 +75,20 @@ def known_shape(config: PlanConfig) -> Mamba2Config:
     return model_shape(config)
 
 
-def possible(plan: Plan, n: int) -> list[Memory]:
-    """Of every strategy that can divide the run; of one GPU: `single`."""
-    found = []
+def possible(plan: Plan, n: int) -> tuple[list[Memory], list[str]]:
+    """Of every strategy that can divide the run (of one GPU: `single`), and why others cannot."""
+    found, refused = [], []
     for strategy in plan.strategies(n):
-        with contextlib.suppress(UserError):  # heads that cannot be divided, what is not sharded
+        try:
             found.append(plan.memory(strategy, n))
-    return found
+        except UserError as error:
+            refused.append(str(error))
+    return found, refused
 
 
 def _breakdown(rows: list[Memory]) -> Table:
     columns = ("weights", "gradients", "optimizer", "activations", "logits", "peak", "on_gpu")
-    table = Table("GB", *columns[:-1], "at", "on GPU", box=None, padding=(0, 1, 1, 0))
+    table = Table("GB", *columns[:-1], "at", "on GPU", box=None, padding=(0, 1, 0, 0))
     for m in rows:
         *parts, on_gpu = (f"{getattr(m, name) / GB:.2f}" for name in columns)
         table.add_row(m.strategy, *parts, m.at, f"[bold]{on_gpu}[/]")
@@ -95,7 +100,7 @@ def _variants(plan: Plan, n: int) -> tuple[Table, dict[str, dict[str, float]]]:
     cells: dict[str, dict[str, float]] = {}
     table = Table("precision", "checkpointing", *plan.strategies(n), box=None, padding=(0, 2, 0, 0))
     for precision, mode, changed in variants(plan.config):
-        found = {m.strategy: m.on_gpu for m in possible(plan.of(changed), n)}
+        found = {m.strategy: m.on_gpu for m in possible(plan.of(changed), n)[0]}
         cells[f"{precision}, {mode}"] = found
         figures = (f"{found[s] / GB:.2f}" if s in found else "-" for s in plan.strategies(n))
         table.add_row(precision, mode, *figures)
