@@ -164,8 +164,8 @@ class Plan:
         Raises:
             UserError: heads that cannot be divided over the processes, or what cannot be sharded.
         """
-        if strategy not in WHOLE and (whole := _never_sharded(self.config)):
-            raise UserError(f"strategy={strategy} cannot shard {whole}")
+        if strategy not in WHOLE and (never := _never_sharded(self.config)):
+            raise UserError(f"strategy={strategy} cannot shard {never}")
         if strategy in ("tp", "fsdp_tp"):
             ranks = n if strategy == "tp" else self.tensor
             if n % ranks:
