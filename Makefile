@@ -20,9 +20,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## our ops beside transformers', what the kernels move, what they need
+bench: $(VENV)/.dev  ## our ops beside transformers'; what kernels move, need, checkpointing holds
 	$(BIN)/python -m mamba2_kernels.benchmark --count
 	$(BIN)/python -m mamba2_kernels.compile_report
+	$(BIN)/python -m mamba2_train.benchmark
 
 gpu: $(VENV)/.dev  ## what only a GPU can tell, in at most 8 minutes: gpu.json
 	$(BIN)/python .ci/gpu gpu.json

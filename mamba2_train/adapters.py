@@ -200,6 +200,8 @@ def save_adapter(
 def load_adapter(model: Mamba2LM, *folders: str | Path, trainable: bool = False) -> PeftModel:
     """Put a saved adapter on `model`, in place; of several, the sum.
 
+    On the meta device it gets the parameters, and no values.
+
     Args:
         trainable: go on training it, and what was trained in full beside it.
 
@@ -234,6 +236,8 @@ def load_adapter(model: Mamba2LM, *folders: str | Path, trainable: bool = False)
     tuner.set_adapter(names, inference_mode=not trainable)
     parameters = dict(model.named_parameters())
     for name, value in in_full.items():
+        if model.backbone.norm_f.weight.is_meta and name in parameters:
+            value = torch.empty_like(parameters[name], dtype=value.dtype)
         if name not in parameters or parameters[name].shape != value.shape:
             raise UserError(f"{name} of {IN_FULL_FILE} does not fit the model: give its own base")
         parameters[name].data = value.to(parameters[name].device)
@@ -308,6 +312,8 @@ def _wrapped(model: Mamba2LM, config: LoraConfig) -> PeftModel:
 
 
 def _set_weights(peft_model: PeftModel, folder: str | Path, name: str) -> None:
+    if adapted(peft_model).backbone.norm_f.weight.is_meta:
+        return  # there is nothing to write to
     try:
         result: Any = set_peft_model_state_dict(
             peft_model, load_peft_weights(str(folder), device="cpu"), adapter_name=name

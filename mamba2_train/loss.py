@@ -42,22 +42,27 @@ def cross_entropy(
         per_token: return them one by one instead, (b, t), 0 where the label is ignored.
     """
     counted = labels != IGNORED
-    rows, targets = hidden[counted], labels[counted]
     reduction = "none" if per_token else "sum"
+    loss = cross_entropy_of_rows(hidden[counted], head, labels[counted], reduction)
+    return loss.new_zeros(labels.shape).masked_scatter(counted, loss) if per_token else loss
+
+
+def cross_entropy_of_rows(
+    rows: Tensor, head: nn.Module, targets: Tensor, reduction: str = "sum"
+) -> Tensor:
+    """The same of (n, d_model) rows that all have a label, "sum" or "none": one by one, (n,)."""
     if isinstance(head, nn.Linear) and _is_plain(head, rows):
         options = torch.nn.LinearCrossEntropyOptions(
             batch_chunk_size=CHUNK_ROWS, chunking_method=None
         )
-        loss = F.linear_cross_entropy(
+        return F.linear_cross_entropy(
             rows, head.weight, targets, linear_bias=head.bias, reduction=reduction, options=options
         )
-    else:
-        chunks = [
-            checkpoint(_chunk_loss, head, r, t, reduction, use_reentrant=False)
-            for r, t in zip(rows.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True)
-        ]
-        loss = torch.cat(chunks) if per_token else torch.stack(chunks).sum()
-    return loss.new_zeros(labels.shape).masked_scatter(counted, loss) if per_token else loss
+    chunks = [
+        checkpoint(_chunk_loss, head, r, t, reduction, use_reentrant=False)
+        for r, t in zip(rows.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True)
+    ]
+    return torch.cat(chunks) if reduction == "none" else torch.stack(chunks).sum()
 
 
 def _is_plain(head: nn.Linear, rows: Tensor) -> bool:

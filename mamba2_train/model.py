@@ -17,8 +17,10 @@ them is heard.
 Shapes in comments: b batch, t position, h head, p headdim, g group, n d_state.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -41,8 +43,8 @@ from mamba2_kernels import (
 )
 from mamba2_train.loss import IGNORED, cross_entropy, shifted_labels
 
-Checkpointing = Literal["none", "selective", "full"]
 Reduction = Literal["mean", "sum", "none"]
+Kept = Literal["all", "projections", "input"]
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,7 @@ class Mamba2Block(nn.Module):
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Mamba2Mixer(config)
+        self.kept: Kept = "all"  # of the forward pass, for the backward
 
     def forward(
         self,
@@ -276,11 +279,39 @@ class Mamba2Block(nn.Module):
         *,
         dtype: torch.dtype,
     ) -> tuple[Tensor, LayerState | None]:
-        out, state = self.mixer(self.norm(x.to(dtype)), seq_idx, state, return_state)
+        # narrowed before it is checkpointed: what is kept is then half of an fp32 residual stream
+        with _uncached_autocast():
+            out, state = self._checkpointed()(x.to(dtype), seq_idx, state, return_state)
         return x + out, state
 
     def step(self, x: Tensor, state: LayerState, *, dtype: torch.dtype) -> Tensor:
         return x + self.mixer.step(self.norm(x.to(dtype)), state)
+
+    def _normed_mixer(self, x: Tensor, *rest: Any) -> tuple[Tensor, LayerState | None]:
+        return self.mixer(self.norm(x), *rest)
+
+    def _checkpointed(self) -> Callable[..., tuple[Tensor, LayerState | None]]:
+        if self.kept == "all" or not torch.is_grad_enabled():
+            return self._normed_mixer
+        if self.kept == "input":
+            return partial(checkpoint, self._normed_mixer, use_reentrant=False)
+        contexts = partial(create_selective_checkpoint_contexts, self._keep_projections)
+        return partial(checkpoint, self._normed_mixer, use_reentrant=False, context_fn=contexts)
+
+    def _keep_projections(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keep the products of `in_proj` and, where an adapter follows on it, of `out_proj`.
+
+        Nothing comes after a plain `out_proj`, so it is never repeated. A product along fewer than
+        d_model numbers (an adapter's second) costs less than its room.
+        """
+        if (product := _product(op, args)) is not None:
+            (inner, width), c = product, self.mixer.config
+            is_last = (inner, width) == (c.d_inner, c.d_model)
+            # an adapted layer is a module of modules
+            is_last &= next(self.mixer.out_proj.children(), None) is None
+            if inner >= c.d_model and not is_last:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Mamba2Backbone(nn.Module):
@@ -292,7 +323,6 @@ class Mamba2Backbone(nn.Module):
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.n_layers))
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
-        self.checkpointing: Checkpointing = "none"
 
     def forward(
         self,
@@ -306,8 +336,8 @@ class Mamba2Backbone(nn.Module):
         x, dtype = self._residual(x)
         states = []
         for i, layer in enumerate(self.layers):
-            block = _checkpointed(partial(layer, dtype=dtype), self._mode())
-            x, layer_state = block(x, seq_idx, state.layers[i] if state else None, return_state)
+            before = state.layers[i] if state else None
+            x, layer_state = layer(x, seq_idx, before, return_state, dtype=dtype)
             states.append(layer_state)
         return self.norm_f(x.to(dtype)), states
 
@@ -321,9 +351,6 @@ class Mamba2Backbone(nn.Module):
         """The residual stream, perhaps in fp32, and the dtype that the blocks compute in."""
         wide = self.config.residual_in_fp32 and x.dtype != torch.float64
         return x.float() if wide else x, x.dtype
-
-    def _mode(self) -> Checkpointing:
-        return self.checkpointing if torch.is_grad_enabled() else "none"
 
 
 class Mamba2LM(nn.Module):
@@ -344,16 +371,21 @@ class Mamba2LM(nn.Module):
         if self.config.tie_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
-    def set_checkpointing(self, mode: Checkpointing) -> None:
-        """What is kept of a block for its backward.
+    def set_checkpointing(self, mode: str) -> None:
+        """What is kept of a block for its backward; the rest is computed again there.
 
-        "none" keeps every intermediate. "selective" keeps the outputs of the matrix products
-        (the projections) and recomputes convolution, scan and norms. "full" keeps the block's
-        input alone.
+        "none" keeps every intermediate. "selective" keeps the block's input and the products of
+        `in_proj` (and of an adapted `out_proj`), and repeats convolution, scan and norms. "full"
+        keeps the block's input alone. "every_2" does so in every second block, "every_3" in every
+        third, and so on, and keeps every intermediate of the others.
+
+        Raises:
+            ValueError: a mode that is none of these.
         """
-        if mode not in ("none", "selective", "full"):
-            raise ValueError(f"checkpointing is {mode!r}; choose none, selective or full")
-        self.backbone.checkpointing = mode
+        every = checkpointing_interval(mode)
+        kept: Kept = {"none": "all", "selective": "projections"}.get(mode, "input")  # type: ignore[assignment]
+        for i, block in enumerate(self.backbone.layers):
+            block.kept = kept if i % every == 0 else "all"  # type: ignore[assignment]
 
     def forward(
         self,
@@ -480,22 +512,47 @@ def flops_per_token(config: Mamba2Config) -> int:
     return 2 * (c.n_layers * (projections + scan + conv) + c.d_model * c.vocab_size)
 
 
+def checkpointing_interval(mode: str) -> int:
+    """n where a mode of `set_checkpointing` concerns every n-th block.
+
+    Raises:
+        ValueError: a mode that does not exist.
+    """
+    every = re.fullmatch(r"every_([1-9]\d*)", mode)
+    if every is None and mode not in ("none", "selective", "full"):
+        raise ValueError(
+            f"checkpointing is {mode!r}; choose none, selective, full or every_2, every_3, ..."
+        )
+    return int(every[1]) if every else 1
+
+
+@contextlib.contextmanager
+def _uncached_autocast() -> Iterator[None]:
+    """Let autocast narrow each weight anew, and forget it.
+
+    A block uses a weight once, so its cache saves nothing, holds a copy of all blocks until the
+    forward pass is over, and makes a repeated block differ from the first run of it.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _product(op: Any, args: tuple[Any, ...]) -> tuple[int, int] | None:
+    """Features in and out, if this is a linear layer's product."""
+    if op is torch.ops.aten.mm.default or op is torch.ops.aten.addmm.default:
+        return tuple(args[-1].shape)
+    if str(op) == "bitsandbytes.gemm_4bit.default":  # by name: few runs need the library
+        width, inner = args[2]
+        return inner, width
+    return None
+
+
 def _output_and_state(result: Any, has_state: bool) -> tuple[Tensor, Any]:
     return result if has_state else (result, None)
-
-
-def _checkpointed(block: Callable[..., Any], mode: Checkpointing) -> Callable[..., Any]:
-    if mode == "none":
-        return block
-    if mode == "full":
-        return partial(checkpoint, block, use_reentrant=False)
-    contexts = partial(create_selective_checkpoint_contexts, _keep_matrix_products)
-    return partial(checkpoint, block, use_reentrant=False, context_fn=contexts)
-
-
-def _keep_matrix_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-    return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _kept(hidden: Tensor, logits_to_keep: int | Tensor | None) -> Tensor:

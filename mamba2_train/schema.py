@@ -26,7 +26,7 @@ from pydantic import (
 
 from mamba2_train.data.config import DataConfig
 from mamba2_train.errors import UserError, nearest
-from mamba2_train.model import PRESETS, Checkpointing
+from mamba2_train.model import PRESETS, checkpointing_interval
 from mamba2_train.quantization import Quantization, bitsandbytes
 
 LORA_TARGETS = ("in_proj", "out_proj", "embeddings", "lm_head")
@@ -75,9 +75,17 @@ class ModelConfig(Group):
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
     preset: str | None = Field(default=None, description="shape of a model from scratch")
     tokenizer: str | None = Field(default=None, description="folder or hub id; null: the model's")
-    checkpointing: Checkpointing = Field(
-        default="none", description="what a block keeps for its backward: none, selective, full"
+    checkpointing: str = Field(
+        default="none",
+        description="what a block keeps for its backward: none (all), selective (its projections), "
+        "full (its input), every_N (full in every N-th block)",
     )
+
+    @field_validator("checkpointing")
+    @classmethod
+    def _known_checkpointing(cls, mode: str) -> str:
+        checkpointing_interval(mode)
+        return mode
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelConfig":
@@ -414,6 +422,23 @@ class TrainConfig(Group):
                 "quantization=nf4, or strategy=ddp"
             )
         bitsandbytes()
+
+
+class PlanSettings(Group):
+    """What `mamba2-plan` plans for."""
+
+    gpus: PositiveInt = Field(default=1, description="GPUs that share the run")
+    tensor: PositiveInt = Field(default=2, description="GPUs that share the heads in fsdp_tp")
+    sizes: list[Annotated[float, Field(gt=0, le=1000)]] = Field(
+        default=[24, 40, 80], min_length=1, description="memory of one GPU, GB"
+    )
+    out: Path | None = Field(default=None, description="a JSON file for other tools")
+
+
+class PlanConfig(TrainConfig):
+    """A run of `mamba2-plan`: that of `mamba2-train`, not started."""
+
+    plan: PlanSettings = PlanSettings()
 
 
 class GenerateConfig(Group):

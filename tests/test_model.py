@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mamba2 import modeling_mamba2
 
+from mamba2_train.adapters import add_lora
 from mamba2_train.model import (
     PRESETS,
     LayerState,
@@ -27,6 +28,7 @@ from mamba2_train.model import (
     flops_per_token,
     initialize,
 )
+from mamba2_train.quantization import is_quantized, quantize
 
 MAX_ERROR = 1e-5  # in fp32, norm of the difference over norm of the truth, per tensor
 
@@ -385,12 +387,18 @@ class Count(TorchDispatchMode):
         return sum(n for name, n in self.calls.items() if "mamba2_kernels" in name)
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_bias": True, "tie_embeddings": False}])
-def test_checkpointing_changes_no_number(small_config, random_model, fields):
-    model = random_model(small_config(**fields))
+MODES = ("none", "selective", "full", "every_2", "every_3")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_bias": True, "tie_embeddings": False}, {"n_layers": 5, "n_groups": 4}]
+)
+def test_checkpointing_changes_no_number(small_config, random_model, fields, dtype):
+    model = random_model(small_config(**fields), dtype=dtype)
     ids = tokens(1, 50)
     results = {}
-    for mode in ("none", "selective", "full"):
+    for mode in MODES:
         model.set_checkpointing(mode)
         loss = model(ids, labels=ids, seq_idx=SEQ_IDX).loss
         results[mode] = loss.detach(), gradients(loss, model)
@@ -398,16 +406,72 @@ def test_checkpointing_changes_no_number(small_config, random_model, fields):
         assert torch.equal(loss, results["none"][0])
         for name, grad in grads.items():
             assert torch.equal(grad, results["none"][1][name]), name
-    with pytest.raises(ValueError, match="checkpointing is 'some'; choose none, selective or full"):
-        model.set_checkpointing("some")
+
+
+@pytest.mark.parametrize(
+    ("autocast", "quantization"), [(False, None), (True, None), (False, "nf4"), (False, "int8")]
+)
+def test_checkpointing_changes_no_number_of_lora_with_dropout(
+    small_config, random_model, autocast, quantization
+):
+    """The same draws are made again for what is computed again."""
+    model = random_model(small_config(n_layers=3), dtype=torch.float32)
+    for name, p in list(model.named_parameters()):
+        if quantization and is_quantized(name):
+            quantize(model, name, p.detach(), quantization, dtype=torch.float32)
+    add_lora(model, ["in_proj", "out_proj", "embeddings"], r=4, alpha=8, dropout=0.3)
+    for i, p in enumerate(p for p in model.parameters() if p.requires_grad):
+        # beside a zero, the other factor would have no gradient
+        torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
+    model.train()
+    ids = tokens(1, 50)
+    results = {}
+    for mode in MODES:
+        model.set_checkpointing(mode)
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(ids, labels=ids, seq_idx=SEQ_IDX).loss
+        model.zero_grad()
+        loss.backward()
+        draws_after = torch.rand(3)
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        results[mode] = loss.detach(), draws_after, grads
+    assert all(g.any() for g in results["none"][2].values())
+    for loss, draws_after, grads in results.values():
+        assert torch.equal(loss, results["none"][0])
+        assert torch.equal(draws_after, results["none"][1])
+        for name, grad in grads.items():
+            assert torch.equal(grad, results["none"][2][name]), name
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_checkpointing_with_two_passes_under_one_autocast(model, mode):
+    """The second finds no weight that the first has narrowed: it could not be repeated."""
+    ids = tokens(2, 20)
+    model = model.float()
+    results = []
+    for now in ("none", mode):
+        model.set_checkpointing(now)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids).loss + model(ids[:1], labels=ids[:1]).loss
+        results.append(gradients(loss, model))
+    for name, grad in results[1].items():
+        assert torch.equal(grad, results[0][name]), name
+
+
+@pytest.mark.parametrize("mode", ["some", "every_0", "every_", "every_2.5", ""])
+def test_checkpointing_modes_that_do_not_exist(model, mode):
+    with pytest.raises(ValueError, match=f"is '{mode}'; choose none, selective, full or every_2"):
+        model.set_checkpointing(mode)
 
 
 def test_what_checkpointing_recomputes(small_config, random_model):
-    """full repeats projections and ops in the backward, selective the ops alone."""
-    model = random_model(small_config())
+    """full repeats projections and ops in the backward, selective the ops alone, and every_2 what
+    full does in half the blocks."""
+    model = random_model(small_config(n_layers=4))
     ids = tokens(2, 40)
     products, scans = {}, {}
-    for mode in ("none", "selective", "full"):
+    for mode in ("none", "selective", "full", "every_2"):
         model.set_checkpointing(mode)
         loss = model(ids).logits.sum()
         with Count() as count:
@@ -415,12 +479,14 @@ def test_what_checkpointing_recomputes(small_config, random_model):
         products[mode], scans[mode] = count.products(), count.scans()
     assert products["selective"] == products["none"]
     # in_proj at least: what follows the last tensor that is needed is not repeated
-    assert products["full"] >= products["none"] + 2
+    assert products["full"] >= products["none"] + 4
+    assert 2 * products["every_2"] == products["full"] + products["none"]
+    assert 2 * scans["every_2"] == scans["full"] + scans["none"]
     assert scans["full"] > scans["none"] > 0
     assert scans["selective"] > scans["none"]
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", ["selective", "full", "every_2"])
 def test_checkpointing_with_carried_state(model, mode):
     ids = tokens(2, 30)
     results = []

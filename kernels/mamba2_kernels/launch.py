@@ -35,12 +35,15 @@ LENGTHS = ["seq_len", "n_chunks", "n_rows", "n_tile_rows", "rows_per_program"]
 launches: Counter[str] = Counter()
 
 _override: int | None = None
+_dry = False
 _settings: dict[str, dict[str, Any]] | None = None
 _compile_only = False
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **kw: Any) -> None:
     """Launch a Triton kernel on the device of its tensors, and count it."""
+    if _dry:
+        return
     launches[kernel.fn.__name__] += 1
     # Triton launches on the current device, which need not be where the tensors are.
     here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -51,6 +54,17 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
             kernel.warmup(*args, grid=grid, **kw)
         else:
             kernel[grid](*args, **kw)
+
+
+@contextlib.contextmanager
+def dry_run() -> Iterator[None]:
+    """Launch nothing inside the block: what is allocated around the kernels can be counted."""
+    global _dry
+    before, _dry = _dry, True
+    try:
+        yield
+    finally:
+        _dry = before
 
 
 def architecture(device: torch.device) -> int:
@@ -157,7 +171,9 @@ def fits_descriptor(tensor: Tensor) -> bool:
         for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
         if size > 1
     ]
-    aligned = tensor.data_ptr() % 16 == 0 and all(s % 16 == 0 and 0 < s < 2**40 for s in strides)
+    # nothing to ask of a tensor that exists in a dry run alone
+    start = 0 if _dry else tensor.data_ptr()
+    aligned = start % 16 == 0 and all(s % 16 == 0 and 0 < s < 2**40 for s in strides)
     return aligned and tensor.stride(-1) == 1
 
 

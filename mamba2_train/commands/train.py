@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 -m mamba2_train ...    the same on eight GPUs
 mamba2-train ... resume=auto                       go on where the last one was cut off
 """
 
+import logging
 import math
 import os
 from datetime import datetime
@@ -33,11 +34,14 @@ from mamba2_train.data.tokenizer import load_tokenizer
 from mamba2_train.errors import UserError
 from mamba2_train.model import PRESETS, Mamba2Config, Mamba2LM, initialize
 from mamba2_train.module import Mamba2Module
+from mamba2_train.plan import Plan, shortage
 from mamba2_train.resume import identity, locate, read_start
 from mamba2_train.run import Run, base_name
 from mamba2_train.saving import CHECKPOINTS, RECENT, Checkpoints, WholeOrNot
 from mamba2_train.schema import StrategyConfig, TrainConfig
 from mamba2_train.tracking import build_loggers, check_space, count_rows
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -64,6 +68,7 @@ def main(config: TrainConfig) -> None:
         return
     data.prepare_data()
     data.setup()
+    warn_of_memory(config, shape)
     model = build_model(config)
     adapter = adapt(model, config)
     check_space(config.run_dir, _bytes_written(model, config.callbacks.saving.keep))
@@ -170,6 +175,21 @@ def adapt(model: Mamba2LM, config: TrainConfig) -> PeftModel | None:
         in_full=lora.train,
         seed=config.seed,
     )
+
+
+def warn_of_memory(config: TrainConfig, shape: Mamba2Config) -> None:
+    """Say so before the weights are read if the GPU's free memory is not going to be enough."""
+    on_gpu = config.strategy.accelerator != "cpu" and torch.cuda.is_available()
+    if not on_gpu or os.environ.get("RANK", "0") != "0":
+        return
+    free, _ = torch.cuda.mem_get_info()
+    devices, n_nodes = _processes(config.strategy)
+    n = n_nodes * (devices if isinstance(devices, int) else torch.cuda.device_count())
+    kind = config.strategy.kind
+    strategy = ("ddp" if n > 1 else "single") if kind == "auto" else kind
+    line = shortage(Plan(config, shape, adapt), free, strategy, n)
+    if line is not None:
+        logger.warning(line)
 
 
 def count_steps(config: TrainConfig, data: TextDataModule) -> int:

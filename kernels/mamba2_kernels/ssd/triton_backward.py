@@ -220,15 +220,16 @@ def across_kernel(
         s_in = state.to(b_b.dtype)
         whole, rest, all_whole, all_rest = running_decay(p_decay, t, Q, EXACT)
         b_dy = load_tile(dy, b, t, h, 0, sdy_b, sdy_t, sdy_h, seq_len, Q, P, TMA)
-        b_dyw = b_dy * weight_in(whole, rest, start, t, Q, PACKED, EXACT)[:, None]
+        w_in = weight_in(whole, rest, start, t, Q, PACKED, EXACT)
         if RELOAD:
             b_c = load_tile(C, b, t, g, n, sc_b, sc_t, sc_h, seq_len, Q, NB, TMA)
             # [q, p] @ [p, n] -> [q, n]
-            z = dot(b_dyw.to(b_dy.dtype), s_in, EXACT)
-            b_dc += z
-            reads = tl.sum(z * b_c.to(tl.float32), 1)
+            z = dot(b_dy, s_in, EXACT)
+            b_dc += z * w_in[:, None]
+            reads = w_in * tl.sum(z * b_c.to(tl.float32), 1)
         else:
             # [q, n] @ [n, p] -> [q, p], then [q, p] @ [p, n] -> [q, n]
+            b_dyw = b_dy * w_in[:, None]
             reads = tl.sum(b_dyw * dot(b_c, tl.trans(s_in), EXACT), 1)
             b_dc = add_dot(b_dyw.to(b_dy.dtype), s_in, b_dc, EXACT)
         state = load_state(dstates, state_row, n, N, P, NB, TMA)
@@ -245,13 +246,13 @@ def across_kernel(
         b_x = load_tile(x, b, t, h, 0, sx_b, sx_t, sx_h, seq_len, Q, P, TMA)
         b_ldt = tl.load(p_log_dt + t + q)
         w_out = weight_out(whole, rest, all_whole, all_rest, b_ldt, start, t, Q, PACKED, EXACT)
-        b_xw = b_x * w_out[:, None]
         if RELOAD:
             b_b = load_tile(B, b, t, g, n, sb_b, sb_t, sb_h, seq_len, Q, NB, TMA)
-            z = dot(b_xw.to(b_x.dtype), ds_out, EXACT)
-            b_db += z
-            writes = tl.sum(z * b_b.to(tl.float32), 1)
+            z = dot(b_x, ds_out, EXACT)
+            b_db += z * w_out[:, None]
+            writes = w_out * tl.sum(z * b_b.to(tl.float32), 1)
         else:
+            b_xw = b_x * w_out[:, None]
             writes = tl.sum(b_xw * dot(b_b, tl.trans(ds_out), EXACT), 1)
             b_db = add_dot(b_xw.to(b_x.dtype), ds_out, b_db, EXACT)
         vector = (part + h) * padded_len + t + q

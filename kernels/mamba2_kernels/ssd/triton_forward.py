@@ -163,16 +163,31 @@ def states_kernel(
         state = tl.zeros((PB, NB), tl.float32)
     n_tiles = tl.cdiv(seq_len, Q)
     PER: tl.constexpr = CHUNK // Q
-    for k in range(n_chunks):
-        c = n_chunks - 1 - k if REVERSE else k
-        row = ((b * n_chunks + c) * n_heads + h) * P + p
-        store_state(states, state, row, n, N, PB, NB, TMA)
-        # Nothing reads the state behind the last chunk, unless it is the far edge.
-        n_steps = tl.minimum(PER, n_tiles - c * PER)
-        if not TO_FAR_EDGE:
-            n_steps = tl.where(k < n_chunks - 1, n_steps, 0)
-        for s in range(n_steps):
-            i = c * PER + (n_steps - 1 - s if REVERSE else s)
+    # Nothing reads the state behind the last chunk, unless it is the far edge. One flat loop, not
+    # one inside another: it fetches tiles ahead over the chunks' ends.
+    if REVERSE:
+        n_read = n_tiles - tl.minimum(n_tiles, PER)
+    else:
+        n_read = (n_chunks - 1) * PER
+    for k in range(n_read):
+        i = n_tiles - 1 - k if REVERSE else k
+        row = ((b * n_chunks + i // PER) * n_heads + h) * P + p
+        if REVERSE:
+            at_edge = (k == 0) | (i % PER == PER - 1)
+        else:
+            at_edge = i % PER == 0
+        if PER == 1 or at_edge:
+            store_state(states, state, row, n, N, PB, NB, TMA)
+        state = carry_state(
+            state, x, keys, log_decay, log_dt, start, i * Q, b, h, p, g, n,
+            sx_b, sx_t, sx_h, sk_b, sk_t, sk_h, seq_len,
+            Q, PB, NB, REVERSE, PACKED, TMA, EXACT,
+        )  # fmt: skip
+    row = ((b * n_chunks + (0 if REVERSE else n_chunks - 1)) * n_heads + h) * P + p
+    store_state(states, state, row, n, N, PB, NB, TMA)
+    if TO_FAR_EDGE:
+        for k in range(n_read, n_tiles):
+            i = n_tiles - 1 - k if REVERSE else k
             state = carry_state(
                 state, x, keys, log_decay, log_dt, start, i * Q, b, h, p, g, n,
                 sx_b, sx_t, sx_h, sk_b, sk_t, sk_h, seq_len,

@@ -1,0 +1,127 @@
+"""mamba2-plan: what a run will need of a GPU, before anything is read, and what to change.
+
+mamba2-plan model.source=state-spaces/mamba2-2.7b precision=bf16 data.seq_len=2048
+mamba2-plan model.source=mistralai/Mamba-Codestral-7B-v0.1 adapter=full plan.gpus=8
+mamba2-plan --config-name RECIPE +plan.gpus=8 +plan.out=plan.json
+"""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from mamba2_train.assets import resolve
+from mamba2_train.commands import command, console
+from mamba2_train.commands.train import adapt, check_adapter, model_shape
+from mamba2_train.errors import UserError
+from mamba2_train.model import PRESETS, Mamba2Config
+from mamba2_train.plan import CONTEXT, GB, UNUSABLE, Memory, Plan, cure, shown, variants
+from mamba2_train.schema import PlanConfig
+
+
+@command(PlanConfig, "plan")
+def main(config: PlanConfig) -> None:
+    shape, n = known_shape(config), config.plan.gpus
+    check_adapter(config, shape)
+    plan = Plan(config, shape, adapt, tensor=config.plan.tensor)
+    rows, refused = possible(plan, n)
+    forward, step = plan.flops()
+    rows_x_tokens = f"{config.data.batch_size} x {config.data.seq_len:,}"
+    console.print(
+        f"[bold]{config.model.source or config.model.preset}[/]  {plan.n_parameters:,} parameters, "
+        f"{plan.n_trained:,} trained ({plan.n_trained / plan.n_parameters:.2%}); rows x tokens "
+        f"{rows_x_tokens} on each of {n} GPU{'s' * (n > 1)}\n"
+        f"FLOPs per token: {forward / 1e9:.3g} G forward, {step / 1e9:.3g} G a training step\n",
+        soft_wrap=True,
+    )
+    console.print(_breakdown(rows))
+    for reason in dict.fromkeys(refused):
+        console.print(f"[yellow]{reason}[/]", soft_wrap=True)
+    console.print()
+    table, cells = _variants(plan, n)
+    console.print(table)
+    answers = [_answer(plan, n, size, rows) for size in config.plan.sizes]
+    for answer in answers:
+        console.print(answer, soft_wrap=True)
+    console.print(
+        f"[dim]GB are GiB. On the GPU: the peak, {CONTEXT / GB:.1f} for CUDA itself, and "
+        f"{UNUSABLE:.0%} left to the driver and the allocator's holes.[/]",
+        soft_wrap=True,
+    )
+    if config.plan.out is not None:
+        _write(
+            config.plan.out,
+            {
+                "parameters": plan.n_parameters,
+                "trained": plan.n_trained,
+                "flops_per_token": {"forward": forward, "step": step},
+                "bytes_per_gpu": [dataclasses.asdict(m) | {"on_gpu": m.on_gpu} for m in rows],
+                "bytes_on_gpu": cells,
+                "answers": answers,
+            },
+        )
+
+
+def known_shape(config: PlanConfig) -> Mamba2Config:
+    """As `mamba2-train` finds it; an official model's needs neither files nor a hub."""
+    source = config.model.source
+    if source is not None and not Path(resolve(source)).is_dir():
+        name = source.rpartition("/")[2].lower()
+        for preset, shape in PRESETS.items():
+            if name.startswith(preset):
+                return shape
+    return model_shape(config)
+
+
+def possible(plan: Plan, n: int) -> tuple[list[Memory], list[str]]:
+    """Of every strategy that can divide the run (of one GPU: `single`), and why others cannot."""
+    found, refused = [], []
+    for strategy in plan.strategies(n):
+        try:
+            found.append(plan.memory(strategy, n))
+        except UserError as error:
+            refused.append(str(error))
+    return found, refused
+
+
+def _breakdown(rows: list[Memory]) -> Table:
+    columns = ("weights", "gradients", "optimizer", "activations", "logits", "peak", "on_gpu")
+    table = Table("GB", *columns[:-1], "at", "on GPU", box=None, padding=(0, 1, 0, 0))
+    for m in rows:
+        *parts, on_gpu = (f"{getattr(m, name) / GB:.2f}" for name in columns)
+        table.add_row(m.strategy, *parts, m.at, f"[bold]{on_gpu}[/]")
+    return table
+
+
+def _variants(plan: Plan, n: int) -> tuple[Table, dict[str, dict[str, float]]]:
+    """GB on the GPU for each precision and checkpointing mode."""
+    cells: dict[str, dict[str, float]] = {}
+    table = Table("precision", "checkpointing", *plan.strategies(n), box=None, padding=(0, 2, 0, 0))
+    for precision, mode, changed in variants(plan.config):
+        found = {m.strategy: m.on_gpu for m in possible(plan.of(changed), n)[0]}
+        cells[f"{precision}, {mode}"] = found
+        figures = (f"{found[s] / GB:.2f}" if s in found else "-" for s in plan.strategies(n))
+        table.add_row(precision, mode, *figures)
+    return table, cells
+
+
+def _answer(plan: Plan, n: int, size: float, rows: list[Memory]) -> str:
+    fitting = [m for m in rows if m.fits(size)]
+    if fitting:
+        ways = ", ".join(f"{m.strategy} {m.on_gpu / GB:.1f}" for m in fitting)
+        return f"{size:g} GB: yes ({ways})"
+    for strategy in plan.strategies(n):
+        with contextlib.suppress(UserError):
+            if found := cure(plan, lambda m: m.fits(size), strategy, n):
+                flags, memory = found
+                return f"{size:g} GB: no; {strategy} with {shown(flags)} ({memory.on_gpu / GB:.1f})"
+    return f"{size:g} GB: no, with no flags"
+
+
+def _write(file: Path, figures: dict[str, object]) -> None:
+    try:
+        file.write_text(json.dumps(figures, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"plan.out={file} cannot be written: {error.strerror}") from error
