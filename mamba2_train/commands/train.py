@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 -m mamba2_train ...    the same on eight GPUs
 mamba2-train ... resume=auto                       go on where the last one was cut off
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -187,9 +188,9 @@ def warn_of_memory(config: TrainConfig, shape: Mamba2Config) -> None:
     n = n_nodes * (devices if isinstance(devices, int) else torch.cuda.device_count())
     kind = config.strategy.kind
     strategy = ("ddp" if n > 1 else "single") if kind == "auto" else kind
-    line = shortage(Plan(config, shape, adapt), free, strategy, n)
-    if line is not None:
-        logger.warning(line)
+    with contextlib.suppress(UserError):  # what cannot be planned is the strategy's to refuse
+        if (line := shortage(Plan(config, shape, adapt), free, strategy, n)) is not None:
+            logger.warning(line)
 
 
 def count_steps(config: TrainConfig, data: TextDataModule) -> int:
