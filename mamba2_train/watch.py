@@ -91,9 +91,12 @@ class Watch(Callback):
             for r, state in second.items()
             if r in first and first[r]["groups"] == state["groups"]
         }
-        if len(idle) == self.world and (verdict := late(idle)):
+        if len(idle) == self.world and not self.done.is_set() and (verdict := late(idle)):
             verdict += f" for {self.timeout / 60:.3g} min (strategy.timeout_minutes)"
-            self._end(self.store.compare_set("verdict", "", verdict).decode(), verdict)
+            self.store.set("verdict", verdict)
+            if self.store.add("judges", 1) == 1:
+                print(f"error: {verdict}", file=sys.stderr, flush=True)
+            self._end(verdict)
 
     def _all(self) -> dict[int, Standing]:
         keys = {r: f"rank-{r}" for r in range(self.world)}
@@ -101,11 +104,7 @@ class Watch(Callback):
             r: json.loads(self.store.get(key)) for r, key in keys.items() if self.store.check([key])
         }
 
-    def _end(self, verdict: str, mine: str = "") -> None:
-        if self.done.is_set():
-            return
-        if verdict == mine:
-            print(f"error: {verdict}", file=sys.stderr, flush=True)
+    def _end(self, verdict: str) -> None:
         with (self.run_dir / LOGS / f"rank-{rank()}.log").open("a") as log:
             print(verdict, file=log, flush=True)
             faulthandler.dump_traceback(log)

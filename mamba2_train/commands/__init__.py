@@ -138,8 +138,6 @@ class _one_line_errors:
             message = f"the disk is full ({error}): free some space, or set run_dir elsewhere"
         else:
             message = ""
-        if first and message:
-            forbid_restart()
         if first and (_debug() or not message):
             return
         if first:
@@ -147,6 +145,7 @@ class _one_line_errors:
             Console(stderr=True, highlight=False, soft_wrap=True).print(
                 f"[bold red]error{which}:[/] {_escaped(message)}"
             )
+            forbid_restart()
         sys.exit(1)
 
 

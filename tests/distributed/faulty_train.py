@@ -3,10 +3,10 @@
     python faulty_train.py FAULT COMMAND ARGUMENTS...
 
 FAULT is PLACE:N, where the process kills itself with SIGKILL when it comes to PLACE for the N-th
-time, or PLACE:N:SIGNAL to be sent that signal there, or PLACE:N:HANG to stay there; or `none`. Of
-several ranks the first does so, or the one in FAULT@RANK, or FAULT@agent gives the signal to
-torchrun; what torchrun has restarted does not. `FAULT+forget_rng` and `FAULT+forget_position` break
-the restoring of those, `FAULT+slow` makes a batch take 0.3 s.
+time, or PLACE:N:SIGNAL to be sent that signal there, or PLACE:N:HANG to stay there, or PLACE:N:FAIL
+to raise a UserError; or `none`. Of several ranks the first does so, or the one in FAULT@RANK, or
+FAULT@agent gives the signal to torchrun; what torchrun has restarted does not. `FAULT+forget_rng`
+and `FAULT+forget_position` break the restoring of those, `FAULT+slow` makes a batch take 0.3 s.
 
     python faulty_train.py serve
 
@@ -27,6 +27,7 @@ import torch
 
 from mamba2_train import saving
 from mamba2_train.data import loaders
+from mamba2_train.errors import UserError
 from mamba2_train.module import Mamba2Module
 
 
@@ -80,6 +81,8 @@ def strike(name, who):
         return
     if name == "HANG":
         time.sleep(600)
+    if name == "FAIL":
+        raise UserError(f"a fault of rank {who}")
     target = os.getppid() if who == "agent" else os.getpid()
     os.kill(target, getattr(signal, name))
 
