@@ -360,3 +360,18 @@ def test_the_batch_script_saves_and_queues_itself_again(folder, tmp_path):
     assert process.returncode == 0, said
     assert f"going on after step {reached}," in said
     assert asked.read_text() == "requeue 7\n"
+
+
+@pytest.mark.slow
+def test_our_own_code_costs_little_beside_bare_ddp():
+    """In CPU time, which other jobs on the machine touch least."""
+    done = subprocess.run(
+        [BIN / "torchrun", "--standalone", "--nproc-per-node=2", FAULTY.parent / "overhead.py"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_FR_BUFFER_SIZE": "200"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(next(x for x in done.stdout.splitlines() if x.startswith("{")))
+    assert result["cpu_ratio"] <= 1.05, result
