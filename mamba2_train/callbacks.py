@@ -119,12 +119,14 @@ class Throughput(Callback):
         local = [float(self.tokens), float(self.slots), self.waited]
         total = torch.tensor(local, dtype=torch.float64, device=module.device)
         tokens, slots, waited = trainer.strategy.reduce(total, reduce_op="sum").tolist()
+        peak = torch.tensor(peak_memory(module.device), device=module.device)
+        highest = trainer.strategy.reduce(peak, reduce_op="max")
         metrics = {
             "perf/packing_efficiency": tokens / slots,
             "perf/loader_wait": waited / (self.seconds * trainer.world_size),
             "perf/tokens_per_sec": tokens / self.seconds,
             "perf/step_seconds": self.seconds / self.steps,
-            "perf/peak_mem_gib": peak_memory(module.device) / GIB,
+            "perf/peak_mem_gib": float(highest) / GIB,
         }
         if self.peak_flops:
             reached = metrics["perf/tokens_per_sec"] * self.flops_per_token

@@ -19,6 +19,7 @@ from torch import Tensor
 from mamba2_train.audit import check_gradients
 from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2LM
+from mamba2_train.nonfinite import NonFinite
 from mamba2_train.optim import build_optimizer, lr_factor
 from mamba2_train.schema import OptimizerConfig, SchedulerConfig
 
@@ -66,6 +67,7 @@ class Mamba2Module(L.LightningModule):
         scheduler: SchedulerConfig,
         total_steps: int,
         lora_plus_ratio: float = 1.0,
+        nonfinite: NonFinite | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -74,6 +76,7 @@ class Mamba2Module(L.LightningModule):
         # Lightning's estimate would make the loader before a resumed run knows where it stands
         self.total_steps = total_steps
         self.lora_plus_ratio = lora_plus_ratio
+        self.nonfinite = nonfinite  # decides about steps that would spoil the weights
         self.audited = False  # whether all that is trained has been seen to get a gradient
         self.window = TokenMean()  # the micro-batches of one optimizer step
         self.validation = TokenMean()
@@ -81,22 +84,29 @@ class Mamba2Module(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss_sum, n_tokens = self._losses(batch)
         self.window.add(loss_sum, n_tokens)
+        if self.nonfinite is not None:
+            self.nonfinite.note(batch, loss_sum)
         return loss_sum
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         loss, tokens = self.window.reduced(self)
         self.window.reset()
-        if not self.audited and tokens > 0:  # without a label, no gradient
-            check_gradients(self.model)
-            self.audited = True
         # Lightning has divided by the accumulation, DDP by the ranks; a window at the end of an
         # epoch may be shorter, and is divided by the full accumulation all the same
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
         scale = shares / tokens.clamp(min=1)
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
         norm = torch.nn.utils.get_total_norm(gradients)
+        if self.nonfinite is not None and self.nonfinite.refuses(self.trainer, loss, norm):
+            for p in parameters:
+                p.grad = None  # and no optimizer touches it
+            self.log("train/skipped", float(self.nonfinite.skipped))
+            return
+        if not self.audited and tokens > 0:  # without a label, no gradient
+            check_gradients(self.model)
+            self.audited = True
         self.log_dict(
             {
                 "train/loss": loss.float(),

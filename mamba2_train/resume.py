@@ -17,9 +17,10 @@ import yaml
 from torch import nn
 
 from mamba2_train.errors import UserError
+from mamba2_train.processes import agreed
 from mamba2_train.saving import CHECKPOINTS, RUN, step_of
 from mamba2_train.schema import TrainConfig
-from mamba2_train.tracking import CSV_FOLDER, agreed, run_stamp
+from mamba2_train.tracking import CSV_FOLDER, run_stamp
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ FREE = (
     *("strategy.kind", "strategy.devices", "strategy.num_nodes"),  # the ranks are counted
     *("trainer.max_epochs", "trainer.max_steps", "trainer.validate_every"),
     *("trainer.log_every", "trainer.progress_bar", "model.checkpointing"),
+    *("trainer.on_nan", "trainer.max_skipped", "strategy.timeout_minutes"),
     *("model.source", "model.revision", "model.tokenizer", "model.preset"),
     *("data.source", "data.validation_source", "data.chat_template", "data.num_workers"),
     *("data.preview", "data.on_bad_row"),  # what was read so far was good, or is left out still

@@ -28,7 +28,7 @@ from mamba2_train.module import Mamba2Module
 from mamba2_train.quantization import count_parameters
 from mamba2_train.report import write_report
 from mamba2_train.resume import START, Resumed, inherit, read_start
-from mamba2_train.saving import CHECKPOINTS, Checkpoints, Stopped
+from mamba2_train.saving import CHECKPOINTS, HEARD, Checkpoints, Stopped
 from mamba2_train.schema import SamplesConfig, TrainConfig
 from mamba2_train.tracking import (
     CSV_FOLDER,
@@ -138,11 +138,12 @@ class Run:
                 self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True
             )
         except Stopped as stopped:
-            if stopped.number == signal.SIGTERM:
-                self._leave()
+            if stopped.number != signal.SIGINT:
+                self._leave(stopped.number)
         except SystemExit:  # Lightning's answer to a second Ctrl-C
             if self.trainer.state.status != TrainerStatus.INTERRUPTED:
                 raise
+        self.saver.stop_listening()
         finished = self.trainer.state.status == TrainerStatus.FINISHED
         self.result["status"] = "finished" if finished else "interrupted"
 
@@ -214,17 +215,18 @@ class Run:
             now = scores[best]
         return {"val/loss": now, "val/perplexity": math.exp(now)}
 
-    def _leave(self) -> None:
+    def _leave(self, number: int) -> None:
         """The machine is wanted back: all that matters is on the disk."""
         if self.trainer.is_global_zero:
             console.print(
-                f"stopped by SIGTERM; saved at step {self.saver.at.step}, resume=auto goes on"
+                f"stopped by {signal.Signals(number).name}; saved at step {self.saver.at.step}, "
+                "resume=auto goes on"
             )
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
+        for heard in HEARD:  # the launcher may ask again until the very end
+            signal.signal(heard, signal.SIG_IGN)
+        self.trainer.strategy.barrier()
         # what a shell and a scheduler expect of it: 0 would say that the run is finished
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + number)
 
     def _print_summary(self, samples: list[dict[str, str]], target: Path, report: Path) -> None:
         base, final = self.result["base"], self.result["final"]

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
+from mamba2_train.processes import log_only
 from mamba2_train.schema import SavingConfig
 
 CHECKPOINTS = "checkpoints"  # folder of a run
@@ -28,6 +30,7 @@ RECENT = 2  # newest checkpoints kept: the disk may have spoilt one
 TEMPORARY = ".tmp"
 SAVE = 1  # a wish, below every signal that is heard
 RUN = "mamba2_train"  # our key in a checkpoint: which run it belongs to
+HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # Slurm sends the second if told to
 
 
 class Stopped(Exception):
@@ -55,13 +58,17 @@ class Checkpoints(Callback):
     """Writes `step-N.ckpt` every so many steps or minutes, after each validation, on a signal, and
     at the end.
 
-    Kept are the newest, and the best by val/loss. SIGTERM and Ctrl-C are heard by any rank, agreed
-    upon by all, and raised as `Stopped` once the checkpoint is on disk; a second Ctrl-C does not
-    wait. Put it behind the callbacks whose state it must save.
+    Kept are the newest, and the best by val/loss. SIGTERM, SIGUSR1 and Ctrl-C are heard by any
+    rank, agreed upon by all when the step ends, and raised as `Stopped` once the checkpoint is on
+    disk; a second Ctrl-C does not wait. Put it behind the callbacks whose state it must save.
+
+    To agree, the ranks exchange one integer per optimizer step and per batch of a validation,
+    through the CPU: a GPU is not waited for.
 
     Args:
         seed: of what a step draws; a run that resumes goes on where it was.
         csv_rows: tells how many rows of metrics have been written so far.
+        timeout: how long a rank waits for the others.
 
     `run`, set later, says what a checkpoint belongs to and is kept in it: see `resume.identity`.
     """
@@ -72,14 +79,19 @@ class Checkpoints(Callback):
         config: SavingConfig,
         seed: int,
         csv_rows: Callable[[], int],
+        timeout: timedelta | None = None,
     ) -> None:
         self.folder, self.config, self.seed, self.csv_rows = folder, config, seed, csv_rows
+        self.timeout = timeout
+        self.control: Any = None  # process group of all ranks, on the CPU
         self.run: dict[str, Any] = {}
         self.scores: dict[int, float] = {}  # step -> val/loss
         self.at = Position()
         self.restored: list[dict[str, Any]] | None = None  # of each rank
         self.stopped_early = False
         self.signal = self.wish = 0
+        self.heard_in = 0  # the step in which the signal came
+        self.handlers: dict[int, Any] = {}  # of before the training
         self.started, self.seconds_before = time.monotonic(), 0.0
         self.saved_at, self.saved_step = time.monotonic(), -1
 
@@ -97,13 +109,14 @@ class Checkpoints(Callback):
         """Since the run began, without the time in which no process worked on it."""
         return self.seconds_before + time.monotonic() - self.started
 
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        if torch.distributed.is_initialized() and self.control is None:
+            self.control = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
+        # Lightning's own handler talks to the other ranks from within, and hangs
+        connector = trainer._signal_connector
+        connector.register_signal_handlers = lambda: self._listen(trainer)  # type: ignore[method-assign]
+
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.received_sigterm:
-            self.signal = signal.SIGTERM
-        # Lightning's own handler talks to the other ranks from within, and hangs; after the
-        # training it puts back what was there before it
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, self._on_signal)
         if self.restored is not None:
             rng = self.restored[trainer.global_rank]["rng"]
             set_rng_state(rng, trainer.strategy.root_device)
@@ -117,7 +130,8 @@ class Checkpoints(Callback):
         ends_step = trainer.global_step > self.at.step
         if ends_step:
             self.at = self._here(trainer)
-        self.wish = self._agreed(trainer, ends_step)
+        if ends_step or trainer.world_size == 1:
+            self.wish = self._agreed(trainer, ends_step)
         every = self.config.every_steps
         if ends_step and every and self.at.step % every == 0:
             self.wish = max(self.wish, SAVE)
@@ -141,9 +155,6 @@ class Checkpoints(Callback):
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
             self._grant(trainer)
-        else:
-            # before and after training there is nothing to save; Lightning would note it and go on
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn == "fit":  # all ranks come here, for they have equally many batches
@@ -162,7 +173,7 @@ class Checkpoints(Callback):
         ranks: list[Any] = [mine]
         if torch.distributed.is_initialized():
             ranks = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(ranks, mine)
+            torch.distributed.all_gather_object(ranks, mine, group=self.control)
         return {
             "ranks": ranks,
             "scores": self.scores,
@@ -210,17 +221,28 @@ class Checkpoints(Callback):
         minutes = self.config.every_minutes
         if minutes and ends_step and trainer.is_global_zero and not wish:
             wish = SAVE * (time.monotonic() - self.saved_at >= 60 * minutes)
-        if trainer.world_size == 1:
+        if self.control is None:
             return wish
-        wishes = torch.tensor(wish, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(wishes, reduce_op="max"))
+        wishes = torch.tensor(wish)
+        torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX, group=self.control)
+        return int(wishes)
 
     def _grant(self, trainer: L.Trainer) -> None:
         wish, self.wish = self.wish, 0
         if wish:
             self._save(trainer)
         if wish > SAVE:
+            name = signal.Signals(wish).name
+            heard = f"heard after step {self.heard_in}" if self.signal else "heard by another rank"
+            log_only.info("%s, %s; saved at step %d", name, heard, self.at.step)
             raise Stopped(wish)
+
+    def save_before_step(self, trainer: L.Trainer) -> bool:
+        """Save what the last step has left, if it is not on the disk yet: for a step that must not
+        be taken. All ranks must call this. Returns whether there is a checkpoint now."""
+        if self.saved_step != self.at.step and self.at.step > 0:
+            self._save(trainer)
+        return self.at.step > 0
 
     def _save(self, trainer: L.Trainer) -> None:
         self.stopped_early = trainer.should_stop
@@ -240,11 +262,25 @@ class Checkpoints(Callback):
         score = self.scores[step]
         return (score if math.isfinite(score) else math.inf, step)
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def stop_listening(self) -> None:
+        """From now on a signal ends the process at once, as before the training."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def _listen(self, trainer: L.Trainer) -> None:
+        if trainer.state.fn == "fit":  # before and after there is nothing to save
+            for number in HEARD:
+                self.handlers[number] = signal.signal(
+                    number, lambda number, _: self._on_signal(number, trainer)
+                )
+
+    def _on_signal(self, number: int, trainer: L.Trainer) -> None:
         # nothing but a note: the step in progress must end, and the other ranks must agree
         if number == signal.SIGINT and self.signal:
             raise KeyboardInterrupt
-        self.signal = self.signal or number
+        if not self.signal:
+            self.signal, self.heard_in = number, trainer.global_step
 
 
 class WholeOrNot(TorchCheckpointIO):

@@ -278,6 +278,9 @@ class StrategyConfig(Group):
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: PositiveInt | Literal["auto"] = "auto"
     num_nodes: PositiveInt = 1
+    timeout_minutes: PositiveFloat = Field(
+        default=30, description="a rank that keeps the others waiting for so long ends the job"
+    )
 
     @property
     def shards(self) -> bool:
@@ -336,6 +339,12 @@ class TrainerConfig(Group):
     )
     log_every: PositiveInt = Field(description="optimizer steps between logged points")
     progress_bar: bool = True
+    on_nan: Literal["stop", "skip"] = Field(
+        default="stop", description="what to do with a step whose loss or gradient is not finite"
+    )
+    max_skipped: PositiveInt = Field(
+        default=10, description="steps of the run that on_nan=skip leaves out before it stops"
+    )
 
     @model_validator(mode="after")
     def _ends(self) -> "TrainerConfig":

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from mamba2_train.errors import UserError
+from mamba2_train.processes import agreed, job_started
 from mamba2_train.schema import LoggerConfig
 
 CSV_FOLDER = "csv"
@@ -87,38 +86,11 @@ def count_rows(run_dir: Path) -> int:
         return sum(1 for _ in csv.DictReader(file))
 
 
-def agreed(key: str, decide: Callable[[], str]) -> str:
-    """What the first rank decides, on every rank.
-
-    The processes that torchrun starts agree through torchrun's own store, those that Lightning
-    starts for ddp inherit it.
-    """
-    env = os.environ
-    name = f"MAMBA2_{key.upper()}"
-    if name in env:
-        return env[name]
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        from torch.distributed import PrefixStore, TCPStore
-
-        host = TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
-        store = PrefixStore(f"{key}/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", host)
-        if env["RANK"] == "0":
-            try:
-                store.set(key, "=" + decide())
-            except UserError as error:  # said by each, so that none waits for the others
-                store.set(key, f"!{error}")
-        answer = store.get(key).decode()
-        if answer[0] == "!":
-            raise UserError(answer[1:])
-        return answer[1:]
-    env[name] = decide()
-    return env[name]
-
-
 @functools.cache
 def run_stamp() -> str:
-    """Names the run's folder: the time it began, the same on every rank; Slurm's job id there."""
-    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    """Names the run's folder: the time the job began, the same on every rank and in whatever
+    torchrun restarts; Slurm's job id there."""
+    now = job_started().strftime("%Y-%m-%d_%H-%M-%S")
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     return agreed("run_stamp", lambda: now if by_torchrun else os.environ.get("SLURM_JOB_ID", now))
 

@@ -9,6 +9,8 @@ import os
 # Before torch loads OpenMP: its threads spin for milliseconds when they wait, which makes a run on
 # a CPU several times slower as soon as anything else wants a core. This is some microseconds.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+# Before torch connects: it remembers the last collectives, for `watch` to name the one that hangs.
+os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")
 
 import errno
 import functools
@@ -29,6 +31,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
 from mamba2_train.errors import UserError, nearest
+from mamba2_train.processes import forbid_restart, is_first_to_fail, log_only, part, rank
 from mamba2_train.schema import Group, validated
 from mamba2_train.tracking import run_stamp
 
@@ -50,7 +53,10 @@ def command(
         def task(composed: DictConfig) -> None:
             # inside, or Hydra would announce the fault with a line of its own
             with _one_line_errors():
-                run(validated(schema, _values(composed)))
+                try:
+                    run(validated(schema, _values(composed)))
+                finally:
+                    part()
 
         def main() -> None:
             extend_hydra()
@@ -99,10 +105,12 @@ def _quoted(argument: str, free_text: tuple[str, ...]) -> str:
 
 
 def _quiet() -> None:
-    """Show our own log lines from INFO on, on rank 0, and those of the libraries from WARNING."""
+    """Show our own log lines from INFO on and those of the libraries from WARNING, of the first
+    rank; the others' go to their logs."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    first = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("mamba2_train").setLevel(logging.INFO if first else logging.ERROR)
+    if rank() > 0:
+        logging.getLogger().handlers[0].setLevel(logging.ERROR)
+    logging.getLogger("mamba2_train").setLevel(logging.INFO)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     # its retries are of no use to anybody once the error says what could not be reached
@@ -111,14 +119,17 @@ def _quiet() -> None:
 
 
 class _one_line_errors:
-    """Prints a UserError, or a fault of composition, as one line on stderr; exit code 1."""
+    """Prints a UserError, or a fault of composition, as one line on stderr; exit code 1. Of several
+    ranks the one that failed first speaks, and the logs have the tracebacks of all."""
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is None or _debug():
+        if error is None or isinstance(error, SystemExit | KeyboardInterrupt):
             return
+        log_only.error("failed", exc_info=error)
+        first = is_first_to_fail()
         if isinstance(error, UserError):
             message = str(error)
         elif isinstance(error, HydraException | OmegaConfBaseException):
@@ -126,10 +137,15 @@ class _one_line_errors:
         elif _is_full_disk(error):
             message = f"the disk is full ({error}): free some space, or set run_dir elsewhere"
         else:
+            message = ""
+        if first and (_debug() or not message):
             return
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"[bold red]error:[/] {_escaped(message)}"
-        )
+        if first:
+            which = f" on rank {rank()}" if rank() else ""
+            Console(stderr=True, highlight=False, soft_wrap=True).print(
+                f"[bold red]error{which}:[/] {_escaped(message)}"
+            )
+            forbid_restart()
         sys.exit(1)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import os
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import lightning as L
 import torch
@@ -36,11 +36,14 @@ from mamba2_train.errors import UserError
 from mamba2_train.model import PRESETS, Mamba2Config, Mamba2LM, initialize
 from mamba2_train.module import Mamba2Module
 from mamba2_train.plan import Plan, shortage
+from mamba2_train.nonfinite import NonFinite
+from mamba2_train.processes import check_launcher, open_log
 from mamba2_train.resume import identity, locate, read_start
 from mamba2_train.run import Run, base_name
 from mamba2_train.saving import CHECKPOINTS, RECENT, Checkpoints, WholeOrNot
 from mamba2_train.schema import StrategyConfig, TrainConfig
 from mamba2_train.tracking import build_loggers, check_space, count_rows
+from mamba2_train.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @command(TrainConfig, "train")
 def main(config: TrainConfig) -> None:
     started = datetime.now()
+    check_launcher()
     config, resumed = locate(config)
+    if not config.data.preview:
+        open_log(config.run_dir)
     L.seed_everything(config.seed, workers=True, verbose=False)
 
     # what fails fast comes first: the data are read and checked before a weight is
@@ -79,23 +85,29 @@ def main(config: TrainConfig) -> None:
         config.callbacks.saving,
         seed=config.seed,
         csv_rows=lambda: count_rows(config.run_dir),
+        timeout=_pg_timeout(config.strategy),
     )
-    trainer = build_trainer(config, saver)
+    t = config.trainer
+    nonfinite = NonFinite(t.on_nan, t.max_skipped, saver, config.run_dir)
+    trainer = build_trainer(config, saver, nonfinite)
     saver.run = identity(config, model, data.fingerprint(), trainer.world_size, resumed)
     data.trainer = trainer
     total_steps = count_steps(config, data)
     module = Mamba2Module(
-        model, config.optimizer, config.scheduler, total_steps, config.adapter.lora_plus_ratio
+        model,
+        config.optimizer,
+        config.scheduler,
+        total_steps,
+        config.adapter.lora_plus_ratio,
+        nonfinite,
     )
     run = Run(config, trainer, module, data, tokenizer, adapter, saver, started, resumed)
     run.announce()
     run.evaluate_base()
     run.fit()
     run.conclude()
-    if torch.distributed.is_initialized():
-        # a rank that leaves while another still talks to it aborts the job at its very end
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    # a rank that leaves while another still talks to it aborts the job at its very end
+    trainer.strategy.barrier()
 
 
 def model_shape(config: TrainConfig) -> Mamba2Config:
@@ -203,7 +215,7 @@ def count_steps(config: TrainConfig, data: TextDataModule) -> int:
     return steps if t.max_steps is None else min(steps, t.max_steps)
 
 
-def build_trainer(config: TrainConfig, saver: Checkpoints) -> L.Trainer:
+def build_trainer(config: TrainConfig, saver: Checkpoints, nonfinite: NonFinite) -> L.Trainer:
     t, s = config.trainer, config.strategy
     devices, num_nodes = _processes(s)
     accelerator = s.accelerator
@@ -228,12 +240,24 @@ def build_trainer(config: TrainConfig, saver: Checkpoints) -> L.Trainer:
             config.logger, config.name, config.run_dir, read_start(config.run_dir).get("wandb")
         ),
         # last: what it saves holds the state of the others
-        callbacks=[*build_callbacks(config), saver],
+        callbacks=[
+            *build_callbacks(config),
+            Watch(timedelta(minutes=s.timeout_minutes), config.run_dir),
+            nonfinite,
+            saver,
+        ],
         enable_checkpointing=False,  # Lightning's own
         plugins=[WholeOrNot()],
     )
     validate_every(trainer, t.validate_every)
+    if hasattr(trainer.strategy, "_timeout"):  # those of several processes have one
+        trainer.strategy._timeout = _pg_timeout(s)
     return trainer
+
+
+def _pg_timeout(strategy: StrategyConfig) -> timedelta:
+    """Of collectives: they end without a name, so the watch comes first."""
+    return timedelta(minutes=1.5 * strategy.timeout_minutes + 0.5)
 
 
 def _processes(strategy: StrategyConfig) -> tuple[int | str, int]:

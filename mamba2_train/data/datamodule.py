@@ -9,7 +9,13 @@ from mamba2_train.data.cache import digest
 from mamba2_train.data.chat import set_template
 from mamba2_train.data.config import DataConfig
 from mamba2_train.data.documents import load_documents
-from mamba2_train.data.loaders import BatchSampler, BlockLoader, RowLoader, ShardedSampler
+from mamba2_train.data.loaders import (
+    BatchSampler,
+    BlockLoader,
+    RowLoader,
+    ShardedSampler,
+    stand_apart,
+)
 from mamba2_train.data.packing import Batch, Collator, RowDataset, arrange
 from mamba2_train.data.streaming import BlockDataset, open_stream
 from mamba2_train.data.tokenizer import pad_id
@@ -137,6 +143,7 @@ class TextDataModule(L.LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
             # a loader without one draws from the generator that dropout draws from
             "generator": torch.Generator().manual_seed(self.seed),
+            "worker_init_fn": stand_apart,
         }
         if not isinstance(data, RowDataset):
             return BlockLoader(

@@ -7,6 +7,7 @@ of the epoch, or, in data that is streamed in blocks, a block and a row in it.
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -172,6 +173,12 @@ class BlockLoader:
         for epoch in itertools.count(start):
             yield from self.sampler.order(epoch)[skipped:]
             skipped = 0
+
+
+def stand_apart(worker: int) -> None:
+    """In a worker: torchrun and a terminal signal whole groups of processes, and the batches of the
+    step in which its owner is asked to stop are still needed. It ends with its owner."""
+    os.setpgid(0, 0)
 
 
 def _timed(loader: RowLoader | BlockLoader, batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -3,8 +3,10 @@
     python faulty_train.py FAULT COMMAND ARGUMENTS...
 
 FAULT is PLACE:N, where the process kills itself with SIGKILL when it comes to PLACE for the N-th
-time, or PLACE:N:SIGNAL to be sent that signal there; or `none`. `FAULT+forget_rng` and
-`FAULT+forget_position` break the restoring of those.
+time, or PLACE:N:SIGNAL to be sent that signal there, or PLACE:N:HANG to stay there, or PLACE:N:FAIL
+to raise a UserError; or `none`. Of several ranks the first does so, or the one in FAULT@RANK, or
+FAULT@agent gives the signal to torchrun; what torchrun has restarted does not. `FAULT+forget_rng`
+and `FAULT+forget_position` break the restoring of those, `FAULT+slow` makes a batch take 0.3 s.
 
     python faulty_train.py serve
 
@@ -12,29 +14,32 @@ does so for each request on standard input, in a new process forked from one tha
 everything: most of a short run is imports.
 """
 
+import functools
 import json
 import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from mamba2_train import saving
 from mamba2_train.data import loaders
+from mamba2_train.errors import UserError
 from mamba2_train.module import Mamba2Module
 
 
-def strike_before(owner, name, countdown, number):
-    """Replace `owner.name` by one that gives the signal at its call number `countdown`."""
+def strike_before(owner, name, countdown, strike):
+    """Replace `owner.name` by one that does `strike` at its call number `countdown`."""
     original = getattr(owner, name)
 
     def struck(*args, **kwargs):
         nonlocal countdown
         countdown -= 1
-        if countdown == 0 and os.environ.get("RANK", "0") == "0":
-            os.kill(os.getpid(), number)
+        if countdown == 0:
+            strike()
         return original(*args, **kwargs)
 
     setattr(owner, name, struck)
@@ -69,8 +74,28 @@ def tear_save(n):
     saving.torch.save = torn
 
 
+def strike(name, who):
+    """What happens, in the process that it happens in."""
+    mine = os.environ.get("RANK", "0") == ("0" if who == "agent" else who)
+    if not mine or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
+    if name == "HANG":
+        time.sleep(600)
+    if name == "FAIL":
+        raise UserError(f"a fault of rank {who}")
+    target = os.getppid() if who == "agent" else os.getpid()
+    os.kill(target, getattr(signal, name))
+
+
+def slow(module, batch, batch_idx, original=Mamba2Module.training_step):
+    time.sleep(0.3)
+    return original(module, batch, batch_idx)
+
+
 def main():
     fault, *options = sys.argv[1].split("+")
+    if "slow" in options:
+        Mamba2Module.training_step = slow
     if "forget_rng" in options:
         saving.set_rng_state = lambda *_: None
     if "forget_position" in options:
@@ -78,8 +103,8 @@ def main():
         original = loaders.BatchSampler.__init__
         loaders.BatchSampler.__init__ = lambda self, s, n, start=None: original(self, s, n)
     if fault != "none":
+        fault, _, who = fault.partition("@")
         place, n, *name = fault.split(":")
-        number = getattr(signal, name[0]) if name else signal.SIGKILL
         if place == "save":
             tear_save(int(n))
         else:
@@ -93,7 +118,8 @@ def main():
                 "rename": (saving.os, "fsync"),
                 "prune": (saving.Path, "unlink"),
             }[place]
-            strike_before(owner, method, int(n), number)
+            act = functools.partial(strike, name[0] if name else "SIGKILL", who or "0")
+            strike_before(owner, method, int(n), act)
     sys.argv = sys.argv[2:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
