@@ -11,9 +11,21 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from mamba2_train.commands import extend_hydra
-from mamba2_train.schema import ExportConfig, GenerateConfig, TrainConfig, validated
+from mamba2_train.schema import (
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    TrainConfig,
+    validated,
+)
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = {
+    "mamba2-train": ("train", TrainConfig),
+    "mamba2-generate": ("generate", GenerateConfig),
+    "mamba2-eval": ("evaluate", EvaluateConfig),
+    "mamba2-export": ("export", ExportConfig),
+}
 PAGES = ["README.md", "recipes/README.md", "mamba2_train/assets/README.md"]
 BLOCKS = [
     (page, language, body)
@@ -35,7 +47,7 @@ LINES = [
 )
 def test_commands_compose(page, line):
     words = shlex.split(line)
-    name = {"mamba2-generate": "generate", "mamba2-export": "export"}.get(words[0], "train")
+    name, schema = COMMANDS.get(words[0], COMMANDS["mamba2-train"])
     if "--config-name" in words:
         name = words[words.index("--config-name") + 1]
     overrides = [w for w in words[1:] if re.match(r"[\w.]+=", w)]
@@ -44,7 +56,6 @@ def test_commands_compose(page, line):
     extend_hydra()
     with initialize_config_module("mamba2_configs", version_base="1.3"):
         composed = OmegaConf.to_container(compose(name, overrides=overrides), resolve=True)
-    schema = {"generate": GenerateConfig, "export": ExportConfig}.get(name, TrainConfig)
     validated(schema, composed)
 
 
