@@ -29,6 +29,7 @@ class Decoder:
         self, model: Mamba2LM, state: Mamba2State, record: Callable[[Run], Run] | None = None
     ) -> None:
         self.model, self.state = model, state
+        self.prepared = model.prepare_steps()
         device = state.seq_idx.device
         if record is None and device.type == "cuda":
             record = cuda_graph
@@ -47,13 +48,13 @@ class Decoder:
     def __call__(self, token: Tensor) -> Tensor:
         """Logits (b, vocab_size) after `token` (b,); good until the next call."""
         if self.replay is None:
-            return self.model.step(token, self.state)
+            return self.model.step(token, self.state, self.prepared)
         self.token.copy_(token)
         self.replay()
         return self.logits
 
     def _run(self) -> None:
-        logits = self.model.step(self.token, self.state)
+        logits = self.model.step(self.token, self.state, self.prepared)
         if self.logits is None:
             self.logits = torch.empty_like(logits)
         self.logits.copy_(logits)

@@ -138,9 +138,9 @@ def test_generating_keeps_nothing_but_the_state(model, monkeypatch):
     seen = set()
     step = model.step
 
-    def watched(token, state):
+    def watched(token, state, prepared):
         seen.add(tuple(t.data_ptr() for layer in state.layers for t in layer))
-        return step(token, state)
+        return step(token, state, prepared)
 
     monkeypatch.setattr(model, "step", watched)
     generate(model, random_ids((1, 300)), max_new_tokens=50)
