@@ -7,6 +7,8 @@ Each document is read whole, from an empty state; a long one a segment at a time
 from one to the next, which gives the losses of one pass over all of it in the memory of a segment.
 As in training, nothing predicts a document's first token, and only what is learned there counts
 here; bytes are those of the tokens that count, so tokenizers of any kind compare.
+
+Of several processes each reads every n-th batch, and `Score.of_all_ranks` adds up their sums.
 """
 
 import json
@@ -21,12 +23,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mamba2_train.data.chat import set_template
 from mamba2_train.data.config import DataConfig
-from mamba2_train.data.datamodule import TextDataModule
-from mamba2_train.data.documents import Documents, build_documents
-from mamba2_train.data.formats import detect
-from mamba2_train.data.packing import RowDataset
-from mamba2_train.data.sources import load_rows
+from mamba2_train.data.documents import (
+    ROWS_AT_ONCE,
+    Documents,
+    load_documents,
+    load_held_out_documents,
+    load_parts,
+    would_be_held_out,
+)
 from mamba2_train.loss import IGNORED
 from mamba2_train.model import Mamba2LM, Mamba2State
 
@@ -47,6 +53,18 @@ class Score:
     tokens_by_position: NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(32, dtype=np.int64)
     )
+
+    def of_all_ranks(self, add_up: Callable[[Tensor], Tensor]) -> "Score":
+        """The sums over all processes.
+
+        Args:
+            add_up: of a float64 tensor of each process, the sum.
+        """
+        numbers = [self.loss, self.n_tokens, self.n_bytes, self.n_correct, self.n_documents]
+        mine = np.concatenate([numbers, self.loss_by_position, self.tokens_by_position])
+        found = add_up(torch.from_numpy(mine)).numpy()  # counts below 2^53 are exact in float64
+        counts = found[1:5].astype(np.int64).tolist()
+        return Score(float(found[0]), *counts, found[5:37], found[37:].astype(np.int64))
 
     def values(self) -> dict[str, Any]:
         """As JSON holds them."""
@@ -73,20 +91,21 @@ class Score:
 
 
 def whole_documents(config: DataConfig, tokenizer: Any, part: str) -> Documents:
-    """The documents of a data source, uncut.
+    """The documents of a data source, uncut, from the cache where they have been made before.
 
     Args:
-        part: "held_out", what a training run with this config would hold out, or "all" rows.
+        part: "held_out", what a training run with this config would hold out, or "all" rows that
+            it would train or validate on.
     """
-    uncut = {"seq_len": UNCUT, "packing": "none", "length_grouped": False}
-    config = config.model_copy(update=uncut)
+    set_template(tokenizer, config.chat_template)
+    uncut = {"seq_len": UNCUT, "packing": "none", "length_grouped": False, "streaming": False}
+    whole = config.model_copy(update=uncut)
+    mixture, held_out = load_parts(whole, ROWS_AT_ONCE)
     if part == "all":
-        rows = list(load_rows(config)[0])
-        return build_documents(rows, tokenizer, detect(rows, config))
-    data = TextDataModule(config, tokenizer)
-    data.setup()
-    assert isinstance(data.val_data, RowDataset)
-    return data.val_data.documents
+        return load_held_out_documents([*mixture.parts, *held_out], whole, tokenizer)
+    if held_out:
+        return load_held_out_documents(held_out, whole, tokenizer)
+    return would_be_held_out(load_documents(whole, tokenizer), config)
 
 
 @torch.no_grad()
@@ -98,6 +117,8 @@ def score(
     segment_len: int = 1024,
     batch_tokens: int = 4096,
     on_documents: Callable[[int], None] | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Score:
     """Losses of `documents` under `model`.
 
@@ -106,16 +127,21 @@ def score(
         segment_len: most tokens of a document in one pass; a choice of memory, not of numbers.
         batch_tokens: most tokens, of all documents, in one pass.
         on_documents: told how many documents a finished batch had.
+        rank, world: read batches rank, rank + world, ... only.
     """
     model.eval()
-    total = Score(n_documents=len(documents))
-    order = np.argsort(-documents.lengths, kind="stable")
-    start = 0
+    total = Score()
+    lengths = documents.lengths
+    order = np.argsort(-lengths, kind="stable")
+    start = batch = 0
     while start < len(order):
-        width = min(int(documents.lengths[order[start]]), segment_len)
+        width = min(int(lengths[order[start]]), segment_len)
         some = order[start : start + max(1, batch_tokens // width)]
-        _score_batch(model, documents, some, bytes_of, segment_len, total)
+        if batch % world == rank:
+            _score_batch(model, documents, some, bytes_of, segment_len, total)
+            total.n_documents += len(some)
         start += len(some)
+        batch += 1
         if on_documents is not None:
             on_documents(len(some))
     return total

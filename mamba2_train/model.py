@@ -422,7 +422,7 @@ class Mamba2LM(nn.Module):
         Args:
             prepared: from `prepare_steps`, for many tokens by the same weights.
         """
-        mixers = prepared or [None] * self.config.n_layers
+        mixers: Sequence[MixerStep | None] = prepared or [None] * self.config.n_layers
         return _few_rows(self.lm_head, self.backbone.step(input_ids, state, mixers))
 
     @torch.no_grad()

@@ -498,7 +498,9 @@ class ExportConfig(Group):
 class EvaluateConfig(Group):
     """A run of `mamba2-eval`."""
 
-    checkpoint: str = Field(description="'embedded', a folder, a hub id, an adapter or a run")
+    checkpoint: str | list[str] = Field(description="as of mamba2-generate")
+    quantization: QuantizationConfig = Field(description="of all that is measured")
+    strategy: StrategyConfig
     against: str | None = Field(
         description="what stands beside it: base (of an adapter, its base), or another checkpoint"
     )
@@ -507,7 +509,8 @@ class EvaluateConfig(Group):
         description="float32: widen the weights, as training does; null: as they are stored"
     )
     part: Literal["held_out", "all"] = Field(
-        description="held_out: what a training run on these data holds out; all: every row"
+        description="held_out: what a training run on these data holds out; all: that and what it "
+        "trains on"
     )
     segment_len: PositiveInt = Field(description="most tokens of a document in one pass")
     batch_tokens: PositiveInt = Field(description="most tokens of all documents in one pass")
@@ -521,11 +524,13 @@ class EvaluateConfig(Group):
     debug: bool
 
     @model_validator(mode="after")
-    def _plottable(self) -> "EvaluateConfig":
+    def _usable(self) -> "EvaluateConfig":
         if self.plot is not None and self.plot.suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"plot={self.plot} is of no kind that is drawn: .png, .svg or .pdf")
         if self.plot is not None and self.tasks:
             raise ValueError("tasks have no loss by position: remove plot, or tasks")
+        if self.quantization.stored is not None:
+            bitsandbytes()
         return self
 
 

@@ -3,22 +3,30 @@
 mamba2-eval checkpoint=runs/quotes/2026-01-01_12-00-00      an adapter beside its base
 mamba2-eval checkpoint=A against=B data=local data.source=test.jsonl part=all out=eval.json
 mamba2-eval checkpoint=A tasks=[lambada_openai]
+torchrun --nproc-per-node 8 -m mamba2_train.commands.evaluate ...     the same on eight GPUs
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import torch
+from lightning import Fabric
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor
 
-from mamba2_train.adapters import ADAPTER_FILES, is_adapter
+from mamba2_train.adapters import read_config
 from mamba2_train.assets import resolve
 from mamba2_train.commands import command, console
-from mamba2_train.commands.generate import load_for_generation, write_whole
+from mamba2_train.commands.generate import find_adapters, load_base, load_checkpoint, write_whole
+from mamba2_train.commands.train import placement
+from mamba2_train.data.tokenizer import load_tokenizer
 from mamba2_train.errors import UserError
 from mamba2_train.evaluation import score, token_bytes, whole_documents
 from mamba2_train.model import Mamba2LM
@@ -35,55 +43,78 @@ COLUMNS = {
 }
 
 
+class Subject(NamedTuple):
+    """What is measured, under the name of its column."""
+
+    name: str
+    load: Callable[[], tuple[Mamba2LM, Any]]
+
+
 @command(EvaluateConfig, "evaluate")
 def main(config: EvaluateConfig) -> None:
+    fabric = Fabric(**placement(config.strategy))
+    fabric.launch()
     measure = _tasks if config.tasks else _documents
-    results = {source: measure(source, config) for source in _sources(config)}
-    _print(results, by_task=bool(config.tasks))
-    if config.out is not None:
-        settings = config.model_dump(mode="json", exclude={"out", "plot", "debug"})
-        write_whole(config.out, json.dumps({"config": settings, "results": results}, indent=2))
-        console.print(f"json      {config.out}")
-    if config.plot is not None:
-        _plot(results, config.plot)
-        console.print(f"plot      {config.plot}")
+    results = {subject.name: measure(subject, config, fabric) for subject in subjects(config)}
+    if fabric.is_global_zero:
+        _report(results, config)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # a rank that leaves early aborts the others at their very end
+        torch.distributed.destroy_process_group()
 
 
-def _sources(config: EvaluateConfig) -> list[str]:
+def subjects(config: EvaluateConfig) -> list[Subject]:
     """What is measured; the one to compare with comes first."""
-    other = config.against
-    if other == "base":
-        other = base_of(config.checkpoint)
-    return [config.checkpoint] if other in (None, config.checkpoint) else [other, config.checkpoint]
+    own = Subject(_name(config.checkpoint), partial(_load, config.checkpoint, config))
+    if config.against is None or config.against == config.checkpoint:
+        return [own]
+    if config.against != "base":
+        return [Subject(config.against, partial(_load, config.against, config)), own]
+    adapters = find_adapters(config.checkpoint)
+    if not adapters:
+        return [own]
+    base = read_config(adapters[0]).base_model_name_or_path or ""
+    return [Subject(base, partial(_load_base_of, adapters[0], config)), own]
 
 
-def base_of(source: str) -> str | None:
-    """The base that an adapter, or the adapter of a run, names."""
-    folder = Path(resolve(source))
-    folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
-    if not is_adapter(folder):
-        return None
-    return json.loads((folder / ADAPTER_FILES[0]).read_text()).get("base_model_name_or_path")
+def _name(source: str | list[str]) -> str:
+    return source if isinstance(source, str) else " + ".join(source)
 
 
-def _load(source: str, config: EvaluateConfig) -> tuple[Mamba2LM, Any]:
-    model, tokenizer = load_for_generation(source)
-    if config.dtype == "float32":
-        model.float()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+def _load(source: str | list[str], config: EvaluateConfig) -> tuple[Mamba2LM, Any]:
+    model, tokenizer, _ = load_checkpoint(
+        source, dtype=_dtype(config), quantization=config.quantization.stored
+    )
+    return model, tokenizer
 
 
-def _documents(source: str, config: EvaluateConfig) -> dict[str, Any]:
-    model, tokenizer = _load(source, config)
+def _load_base_of(adapter: Path, config: EvaluateConfig) -> tuple[Mamba2LM, Any]:
+    """The base, with the adapter's tokenizer: state-spaces' have none of their own."""
+    found = read_config(adapter)
+    source = resolve(found.base_model_name_or_path or "")
+    model = load_base(source, found.revision, _dtype(config), config.quantization.stored)
+    return model.eval(), load_tokenizer(str(adapter))
+
+
+def _dtype(config: EvaluateConfig) -> torch.dtype | None:
+    return torch.float32 if config.dtype == "float32" else None
+
+
+def _documents(subject: Subject, config: EvaluateConfig, fabric: Fabric) -> dict[str, Any]:
+    model, tokenizer = subject.load()
+    model.to(fabric.device)
     documents = whole_documents(config.data, tokenizer, config.part)
     highest = int(documents.tokens.max())
     if highest >= model.config.vocab_size:
         raise UserError(
-            f"{source}: its tokenizer gives the token {highest} and its model's are 0 to "
+            f"{subject.name}: its tokenizer gives the token {highest} and its model's are 0 to "
             f"{model.config.vocab_size - 1}; give the tokenizer that it was trained with"
         )
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(source, total=len(documents))
+    shown = Progress(
+        console=Console(stderr=True), transient=True, disable=not fabric.is_global_zero
+    )
+    with shown as progress:
+        task = progress.add_task(escape(subject.name), total=len(documents))
         found = score(
             model,
             documents,
@@ -91,11 +122,18 @@ def _documents(source: str, config: EvaluateConfig) -> dict[str, Any]:
             segment_len=config.segment_len,
             batch_tokens=config.batch_tokens,
             on_documents=lambda n: progress.advance(task, n),
+            rank=fabric.global_rank,
+            world=fabric.world_size,
         )
-    return found.values()
+    return found.of_all_ranks(partial(_added_up, fabric)).values()
 
 
-def _tasks(source: str, config: EvaluateConfig) -> dict[str, Any]:
+def _added_up(fabric: Fabric, mine: Tensor) -> Tensor:
+    total: Any = fabric.all_reduce(mine.to(fabric.device), reduce_op="sum")
+    return total.cpu()
+
+
+def _tasks(subject: Subject, config: EvaluateConfig, fabric: Fabric) -> dict[str, Any]:
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -112,9 +150,9 @@ def _tasks(source: str, config: EvaluateConfig) -> dict[str, Any]:
             f"the harness has no task {unknown[0]!r}: `lm_eval ls tasks` lists them; set "
             "task_path to a folder with tasks of your own"
         )
-    model, tokenizer = _load(source, config)
+    model, tokenizer = subject.load()
     found = simple_evaluate(
-        model=HarnessModel(model, tokenizer, batch_size=config.batch_size),
+        model=HarnessModel(model.to(fabric.device), tokenizer, batch_size=config.batch_size),
         tasks=list(config.tasks),
         task_manager=manager,
         num_fewshot=config.num_fewshot,
@@ -131,11 +169,22 @@ def _tasks(source: str, config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
+def _report(results: Results, config: EvaluateConfig) -> None:
+    _print(results, by_task=bool(config.tasks))
+    if config.out is not None:
+        settings = config.model_dump(mode="json", exclude={"out", "plot", "debug"})
+        write_whole(config.out, json.dumps({"config": settings, "results": results}, indent=2))
+        console.print(f"json      {config.out}")
+    if config.plot is not None:
+        _plot(results, config.plot)
+        console.print(f"plot      {config.plot}")
+
+
 def _print(results: Results, by_task: bool) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("")
     for source in results:
-        table.add_column(source.replace("[", r"\["), justify="right", overflow="fold")
+        table.add_column(escape(source), justify="right", overflow="fold")
     first = next(iter(results.values()))
     if by_task:
         for task, values in first.items():
@@ -173,3 +222,7 @@ def _plot(results: Results, file: Path) -> None:
         raise UserError(f"{file} cannot be written ({error}): choose another place") from error
     finally:
         pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -112,25 +112,26 @@ def load_checkpoint(
         assert isinstance(source, str)
         folder = _inside(source)
         where = str(folder) if folder.exists() else source
-        model = _base(where, None, dtype, quantization, dequantized)
+        model = load_base(where, None, dtype, quantization, dequantized)
         return model.eval(), load_tokenizer(where), None
     bases = {(c.base_model_name_or_path, c.revision) for c in map(read_config, adapters)}
     if len(bases) > 1:
         names = " and ".join(sorted(str(name) for name, _ in bases))
         raise UserError(f"these adapters are of {names}: only those of one base have a sum")
     base, revision = bases.pop()
-    model = _base(resolve(base or ""), revision, dtype, quantization, dequantized)
+    model = load_base(resolve(base or ""), revision, dtype, quantization, dequantized)
     peft_model = load_adapter(model, *adapters).eval()
     return model, load_tokenizer(str(adapters[0])), peft_model
 
 
-def _base(
+def load_base(
     source: str | Path,
     revision: str | None,
     dtype: torch.dtype | None,
     quantization: Quantization | None,
-    dequantized: bool,
+    dequantized: bool = False,
 ) -> Mamba2LM:
+    """A model without adapters; arguments as in `load_checkpoint`."""
     model = load_pretrained(source, revision=revision, dtype=dtype, quantization=quantization)
     if dequantized and quantization is not None:
         dequantize(model)

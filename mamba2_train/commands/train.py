@@ -9,6 +9,7 @@ mamba2-train ... resume=auto                       go on where the last one was 
 import math
 import os
 from datetime import datetime
+from typing import Any
 
 import lightning as L
 import torch
@@ -183,16 +184,9 @@ def count_steps(config: TrainConfig, data: TextDataModule) -> int:
 
 
 def build_trainer(config: TrainConfig, saver: Checkpoints) -> L.Trainer:
-    t, s = config.trainer, config.strategy
-    devices, num_nodes = _processes(s)
-    accelerator = s.accelerator
-    if accelerator == "auto":  # Lightning's would take a Mac's GPU, which lacks the scan's float64
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    t = config.trainer
     trainer = L.Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy={"auto": "auto", "single": "auto", "ddp": "ddp"}[s.kind],
+        **placement(config.strategy),
         precision="bf16-mixed" if config.precision.autocast else "32-true",
         max_epochs=t.max_epochs if t.max_epochs is not None else -1,
         max_steps=t.max_steps if t.max_steps is not None else -1,
@@ -213,6 +207,20 @@ def build_trainer(config: TrainConfig, saver: Checkpoints) -> L.Trainer:
     )
     validate_every(trainer, t.validate_every)
     return trainer
+
+
+def placement(strategy: StrategyConfig) -> dict[str, Any]:
+    """What Lightning's Trainer and Fabric are told of where to compute."""
+    devices, num_nodes = _processes(strategy)
+    accelerator = strategy.accelerator
+    if accelerator == "auto":  # Lightning's would take a Mac's GPU, which lacks the scan's float64
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "strategy": {"auto": "auto", "single": "auto", "ddp": "ddp"}[strategy.kind],
+    }
 
 
 def _processes(strategy: StrategyConfig) -> tuple[int | str, int]:
