@@ -1,10 +1,12 @@
 """A Mamba2LM in EleutherAI's lm-evaluation-harness, registered there as `mamba2-train`.
 
 The harness asks for log-likelihoods of continuations and for generated text; batches are padded on
-the right, which no earlier position sees.
+the right, which no earlier position sees. Where there are several processes, each answers every
+n-th question and all get all answers, so that the harness sees one model.
 """
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from mamba2_train.data.tokenizer import pad_id
 from mamba2_train.generation import complete
 from mamba2_train.model import Mamba2LM
 
+Question, Answer = TypeVar("Question"), TypeVar("Answer")
 SEGMENT = 1024  # tokens of a long text that one pass reads
 
 
@@ -60,13 +63,20 @@ class HarnessModel(TemplateLM):
     ) -> list[float]:
         """Of whole texts, however long, each token given all before it; eos goes before the first,
         as the harness has it."""
-        found = []
-        for request in tqdm(requests, disable=disable_tqdm):
-            ids = [self.prefix_token_id, *self.tok_encode(request.args[0], False)]
-            found.append(self._of_long(ids))
-        return found
+
+        def answered(some: Sequence[Instance]) -> list[float]:
+            found = []
+            for request in tqdm(some, disable=disable_tqdm):
+                ids = [self.prefix_token_id, *self.tok_encode(request.args[0], False)]
+                found.append(self._of_long(ids))
+            return found
+
+        return _dealt(requests, answered)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return _dealt(requests, lambda some: self._texts(some, disable_tqdm))
+
+    def _texts(self, requests: Sequence[Instance], disable_tqdm: bool) -> list[str]:
         texts = []
         for request in tqdm(requests, disable=disable_tqdm):
             context, options = request.args
@@ -87,12 +97,19 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, completion.text)
         return texts
 
-    @torch.no_grad()
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
         disable_tqdm: bool = False,
         **options: Any,
+    ) -> list[tuple[float, bool]]:
+        return _dealt(requests, lambda some: self._of_tokens(some, disable_tqdm))
+
+    @torch.no_grad()
+    def _of_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool,
     ) -> list[tuple[float, bool]]:
         found: dict[int, tuple[float, bool]] = {}
         # the longest first: what shares a batch is of like length
@@ -128,3 +145,15 @@ class HarnessModel(TemplateLM):
             state = out.state
             total -= float(out.loss.double().sum())
         return total
+
+
+def _dealt(
+    questions: Sequence[Question], answer: Callable[[Sequence[Question]], list[Answer]]
+) -> list[Answer]:
+    """All answers, in order, of which every process has given its share."""
+    if not torch.distributed.is_initialized():
+        return answer(questions)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, answer(questions[rank::world]))
+    return [parts[i % world][i // world] for i in range(len(questions))]

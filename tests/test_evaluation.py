@@ -1,5 +1,6 @@
 """Losses of documents against transformers over each one whole, and the command's table."""
 
+import csv
 import io
 import json
 import math
@@ -7,6 +8,8 @@ import re
 import sys
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from mamba2_train.assets import FOLDER
 from mamba2_train.checkpoint import load_pretrained
 from mamba2_train.commands import evaluate as command
 from mamba2_train.data.config import DataConfig
+from mamba2_train.data.datamodule import TextDataModule
 from mamba2_train.data.documents import Documents
 from mamba2_train.data.tokenizer import load_tokenizer, save_tokenizer
 from mamba2_train.evaluation import score, token_bytes, whole_documents
@@ -109,20 +113,142 @@ def test_bytes_of_sentencepiece_and_added_tokens():
     assert sizes[tokenizer.eos_token_id] == 0
 
 
-def test_documents_are_whole_and_all_or_held_out(tokenizer, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    texts = [f"Row {i}: " + "word " * (5 * i) for i in range(20)]
-    file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    config = DataConfig(source=str(file), seq_len=8, validation_fraction=0.2)
-    documents = whole_documents(config, tokenizer, "all")
-    expected = [[*tokenizer.encode(t), tokenizer.eos_token_id] for t in texts]
-    assert [
+def token_lists(documents):
+    return [
         documents.tokens[a:b].tolist()
         for a, b in zip(documents.bounds[:-1], documents.bounds[1:], strict=True)
-    ] == expected
-    held_out = whole_documents(config, tokenizer, "held_out")
-    assert len(held_out) == 4
-    assert held_out.lengths.max() > 8
+    ]
+
+
+TEXTS = [f"Row {i}: " + "word " * (3 * i) for i in range(20)]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n"
+    "{% endfor %}"
+)
+
+
+def jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def text_file(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"{text}\n" for text in TEXTS))
+    return {"source": str(tmp_path / "a.txt"), "text_unit": "line"}
+
+
+def folder_of_texts(tmp_path):
+    for i, text in enumerate(TEXTS):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(text)
+    return {"source": str(tmp_path / "texts")}
+
+
+def table(tmp_path):
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["body", "n"], *([text, i] for i, text in enumerate(TEXTS))])
+    return {"source": str(tmp_path / "a.csv"), "text_column": "body"}
+
+
+def parquet(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
+    return {"source": str(tmp_path / "a.parquet")}
+
+
+def pairs(tmp_path):
+    rows = [{"prompt": text, "completion": f" and {i}."} for i, text in enumerate(TEXTS)]
+    return {"source": jsonl(tmp_path / "a.jsonl", rows)}
+
+
+def alpaca(tmp_path):
+    rows = [{"instruction": t, "input": "", "output": str(i)} for i, t in enumerate(TEXTS)]
+    return {"source": jsonl(tmp_path / "a.jsonl", rows)}
+
+
+def conversations(tmp_path):
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    rows = [
+        {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": f"So {i}"}]}
+        for i, t in enumerate(TEXTS)
+    ]
+    return {
+        "source": jsonl(tmp_path / "a.jsonl", rows),
+        "chat_template": str(tmp_path / "t.jinja"),
+        "loss_on": "assistant",
+    }
+
+
+def token_ids(tmp_path):
+    rows = [{"input_ids": [5, *range(10, 12 + 2 * i)], "labels": None} for i in range(20)]
+    for i, row in enumerate(rows):
+        row["labels"] = [-100, *row["input_ids"][1:]]
+        row["input_ids"][0] = i
+    return {"source": jsonl(tmp_path / "a.jsonl", rows)}
+
+
+def mixture(tmp_path):
+    half = [{"text": t} for t in TEXTS[:10]]
+    other = [{"body": t} for t in TEXTS[10:]]
+    return {
+        "sources": [
+            {"source": jsonl(tmp_path / "a.jsonl", half)},
+            {"source": jsonl(tmp_path / "b.jsonl", other), "text_column": "body"},
+        ]
+    }
+
+
+KINDS = (text_file, folder_of_texts, table, parquet, pairs, alpaca, conversations, token_ids)
+
+
+@pytest.mark.parametrize("make", [*KINDS, mixture])
+@pytest.mark.parametrize("long_documents", ["split", "truncate"])
+def test_what_training_holds_out_is_measured_whole(tmp_path, make, long_documents):
+    """Whatever the rows are: against the documents of a run, which cuts them at n tokens."""
+    # a cut off answer leaves a row out, which moves the share that is held out
+    n = {alpaca: 130, conversations: 60}.get(make, 16)
+    settings = make(tmp_path) | {"validation_fraction": 0.3, "long_documents": long_documents}
+    config = DataConfig(**settings, seq_len=n)
+    # one of its own: a chat template stays on it
+    documents = whole_documents(config, load_tokenizer(BASE), "held_out")
+    data = TextDataModule(config, load_tokenizer(BASE))
+    data.setup()
+    trained = {tuple(t) for t in token_lists(data.train_data.documents)}
+    held_out = sorted(token_lists(data.val_data.documents))
+    whole = token_lists(documents)
+    assert max(map(len, whole)) > n
+    if long_documents == "truncate":
+        assert sorted(ids[:n] for ids in whole) == held_out
+        assert not {tuple(ids[:n]) for ids in whole} & trained
+    else:
+        cut = [ids[i : i + n] for ids in whole for i in range(0, len(ids), n)]
+        # pieces without anything to learn are left out in training
+        assert [piece for piece in sorted(cut) if piece in held_out] == held_out
+        assert len(whole) == len({tuple(ids) for ids in whole})
+    everything = token_lists(whole_documents(config, load_tokenizer(BASE), "all"))
+    assert len(everything) == 20
+    assert all(ids in everything for ids in whole)
+
+
+def test_whole_texts_end_with_eos(tokenizer, tmp_path):
+    config = DataConfig(**text_file(tmp_path), seq_len=8)
+    expected = [[*tokenizer.encode(t), tokenizer.eos_token_id] for t in TEXTS]
+    found = token_lists(whole_documents(config, tokenizer, "all"))
+    assert [tokenizer.decode(ids).strip() for ids in found] == [
+        tokenizer.decode(ids).strip() for ids in expected
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_validation_split_is_what_is_held_out(tokenizer, tmp_path, streaming):
+    jsonl(tmp_path / "d" / "train.jsonl", [{"text": t} for t in TEXTS[:15]])
+    jsonl(tmp_path / "d" / "validation.jsonl", [{"text": t} for t in TEXTS[15:]])
+    config = DataConfig(source=str(tmp_path / "d"), seq_len=8, streaming=streaming)
+    expected = [[*tokenizer.encode(t), tokenizer.eos_token_id] for t in TEXTS]
+    assert token_lists(whole_documents(config, tokenizer, "held_out")) == expected[15:]
+    assert token_lists(whole_documents(config, tokenizer, "all")) == expected
 
 
 @pytest.fixture
@@ -211,3 +337,22 @@ def test_a_fault_is_one_line(run, overrides, message):
     lines = [line for line in err.splitlines() if line.strip()]
     assert len(lines) == 1, err
     assert re.search(message, lines[0]), lines[0]
+
+
+def test_two_processes_measure_like_one(run, adapter, tmp_path, torchrun):
+    (tmp_path / "t.txt").write_text("\n".join(TEXTS))
+    common = ["checkpoint=run", "data=local", "data.source=t.txt", "data.text_unit=line"]
+    common += ["part=all", "batch_tokens=64", "segment_len=32"]
+    code, _, err = run(*common, "out=one.json")
+    assert code == 0, err
+    printed = torchrun("evaluate.py", *common, "strategy=ddp", "out=two.json")
+    assert printed.count("perplexity") == 1
+    one, two = (
+        json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("one", "two")
+    )
+    assert one.keys() == two.keys() == {"embedded", "run"}
+    for name, values in one.items():
+        bins, others = values.pop("loss_by_position"), two[name].pop("loss_by_position")
+        assert values == pytest.approx(two[name], rel=1e-12)
+        for mine, theirs in zip(bins, others, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-12)

@@ -158,10 +158,52 @@ def test_the_command_runs_local_tasks(harness, tasks, tmp_path, monkeypatch, cap
     assert "tiny_choices acc" in capsys.readouterr().out
 
 
+def test_answers_of_several_processes_come_in_order(harness, monkeypatch):
+    pairs = [(a, " and more") for a in ("Love is", "It", "In the beginning of", "A", "")]
+    expected = harness.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    given = []
+
+    def gather(parts, mine):
+        given.append(mine)
+        parts[:] = given[-2:]
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    for rank in (0, 1):  # the second has the answers of the first
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        if rank == 0:
+            with pytest.raises(IndexError):
+                harness.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+        else:
+            found = harness.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    assert [len(answers) for answers in given] == [3, 2]
+    assert found == [(pytest.approx(a, rel=1e-5), b) for a, b in expected]
+
+
+@pytest.mark.slow
+def test_two_processes_answer_like_one(tasks, tmp_path, monkeypatch, torchrun):
+    from mamba2_train.commands import evaluate as command
+
+    folder, _ = tasks
+    chosen = ["tasks=[tiny_choices,tiny_text]", f"task_path={folder}"]
+    monkeypatch.setattr("sys.argv", ["mamba2-eval", *chosen, f"out={tmp_path / 'one.json'}"])
+    command.main()
+    torchrun("evaluate.py", *chosen, "strategy=ddp", f"out={tmp_path / 'two.json'}")
+    one, two = (
+        json.loads((tmp_path / f"{name}.json").read_text())["results"]["embedded"]
+        for name in ("one", "two")
+    )
+    assert one["tiny_choices"] == two["tiny_choices"]
+    assert two["tiny_text"]["bits_per_byte"] == pytest.approx(
+        one["tiny_text"]["bits_per_byte"], rel=1e-6
+    )
+
+
 def test_an_unknown_task_is_refused(tasks):
-    from mamba2_train.commands.evaluate import _tasks
+    from mamba2_train.commands.evaluate import Subject, _tasks
     from mamba2_train.schema import EvaluateConfig
 
     config = EvaluateConfig.model_construct(tasks=["tinny"], task_path=tasks[0])
     with pytest.raises(UserError, match="no task 'tinny'"):
-        _tasks("embedded", config)
+        _tasks(Subject("embedded", None), config, None)

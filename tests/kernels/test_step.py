@@ -208,7 +208,7 @@ def test_wrong_arguments_of_a_mixers_step_are_refused():
         MixerStep(*weights, headdim=5, n_groups=1)
     with pytest.raises(ValueError, match="n_groups = 3 does not divide n_heads = 8"):
         MixerStep(*weights, headdim=4, n_groups=3)
-    with pytest.raises(ValueError, match="dt_bias has shape.*n_heads = 7"):
+    with pytest.raises(ValueError, match=r"dt_bias has shape.*n_heads = 7"):
         MixerStep(*weights[:4], torch.ones(7), weights[5], headdim=4, n_groups=1)
     step = MixerStep(*weights, headdim=4, n_groups=1)
     with pytest.raises(ValueError, match=r"zxBCdt has shape \(2, 83\)"):
