@@ -63,8 +63,17 @@ class Score:
         numbers = [self.loss, self.n_tokens, self.n_bytes, self.n_correct, self.n_documents]
         mine = np.concatenate([numbers, self.loss_by_position, self.tokens_by_position])
         found = add_up(torch.from_numpy(mine)).numpy()  # counts below 2^53 are exact in float64
-        counts = found[1:5].astype(np.int64).tolist()
-        return Score(float(found[0]), *counts, found[5:37], found[37:].astype(np.int64))
+        n_tokens, n_bytes, n_correct, n_documents = map(int, found[1:5])
+        by_position, tokens_by_position = np.split(found[5:], 2)
+        return Score(
+            float(found[0]),
+            n_tokens,
+            n_bytes,
+            n_correct,
+            n_documents,
+            by_position,
+            tokens_by_position.astype(np.int64),
+        )
 
     def values(self) -> dict[str, Any]:
         """As JSON holds them."""

@@ -19,7 +19,8 @@ from mamba2_train.data.tokenizer import pad_id
 from mamba2_train.generation import complete
 from mamba2_train.model import Mamba2LM
 
-Question, Answer = TypeVar("Question"), TypeVar("Answer")
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
 SEGMENT = 1024  # tokens of a long text that one pass reads
 
 

@@ -423,6 +423,9 @@ class GenerateConfig(Group):
         description="'embedded', a folder, a hub id, an adapter or a run; several adapters of one "
         "base: their sum"
     )
+    merge: bool = Field(
+        description="adapters into the weights first: faster, and in bfloat16 rounded once more"
+    )
     quantization: QuantizationConfig
     prompt: str | None = Field(description="the text to continue; with chat, the user's message")
     prompt_file: Path | None = Field(description="a file that holds the prompt")
@@ -483,6 +486,12 @@ class ExportConfig(Group):
     quantization: QuantizationConfig = Field(
         description="of the base that the adapter was trained over: its values are merged into"
     )
+    merge: bool = Field(description="into the base; false: the adapter as it is, over its base")
+    layout: Literal["huggingface", "state-spaces"]
+    max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[KMGT]B$")] = Field(
+        description="200KB, 5GB: a larger model is split into several files"
+    )
+    force: bool = Field(description="write into a folder that is not empty, over what it holds")
     dtype: Literal["float32", "bfloat16"] | None = Field(
         description="of the weights written; null: as they are stored"
     )
@@ -490,6 +499,12 @@ class ExportConfig(Group):
 
     @model_validator(mode="after")
     def _usable(self) -> "ExportConfig":
+        several = not isinstance(self.checkpoint, str)
+        if not self.merge and (several or self.dtype or self.layout != "huggingface"):
+            raise ValueError(
+                "merge=false copies one adapter as it is: remove dtype and layout, give one "
+                "checkpoint, or set merge=true"
+            )
         if self.quantization.stored is not None:
             bitsandbytes()
         return self

@@ -48,6 +48,8 @@ LINES = [
 def test_commands_compose(page, line):
     words = shlex.split(line)
     name, schema = COMMANDS.get(words[0], COMMANDS["mamba2-train"])
+    if "mamba2_train.commands.evaluate" in words:  # after torchrun -m
+        name, schema = COMMANDS["mamba2-eval"]
     if "--config-name" in words:
         name = words[words.index("--config-name") + 1]
     overrides = [w for w in words[1:] if re.match(r"[\w.]+=", w)]

@@ -4,6 +4,7 @@ mamba2-generate prompt="Love is"
 mamba2-generate checkpoint=runs/quotes/2026-01-01_12-00-00 prompt="Love is" temperature=0.9
 mamba2-generate checkpoint=... quantization=nf4 prompt="Love is"
 mamba2-generate checkpoint='[ADAPTER,ADAPTER]' prompt="Love is"      the sum of several
+mamba2-generate checkpoint=ADAPTER merge=true prompts=questions.jsonl      faster for many tokens
 mamba2-generate prompts=questions.jsonl out=answers.jsonl batch_size=32
 mamba2-generate checkpoint=... chat=true
 mamba2-generate prompt_file=book.txt save_state=book.state max_new_tokens=0
@@ -39,6 +40,7 @@ from mamba2_train.generation import (
 )
 from mamba2_train.generation.chat import rendered, with_system
 from mamba2_train.generation.text import checked, encoded
+from mamba2_train.merge import merge_adapters
 from mamba2_train.model import Mamba2LM
 from mamba2_train.quantization import Quantization, dequantize
 from mamba2_train.schema import GenerateConfig
@@ -47,8 +49,10 @@ from mamba2_train.schema import GenerateConfig
 @command(GenerateConfig, "generate", free_text=("prompt", "system"))
 def main(config: GenerateConfig) -> None:
     model, tokenizer, peft_model = load_checkpoint(
-        config.checkpoint, quantization=config.quantization.stored
+        config.checkpoint, quantization=config.quantization.stored, dequantized=config.merge
     )
+    if config.merge and peft_model is not None:
+        model = merge_adapters(peft_model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     before = None if config.state is None else load_prefix(config.state, model)
     options: dict[str, Any] = {

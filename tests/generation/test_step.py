@@ -1,8 +1,12 @@
 """A recorded step against the model's own; the CUDA graph itself needs a GPU."""
 
+import time
+
 import pytest
 import torch
 
+from mamba2_train.assets import FOLDER
+from mamba2_train.checkpoint import load_pretrained
 from mamba2_train.generation import generate, read
 from mamba2_train.generation.step import Decoder
 
@@ -50,6 +54,28 @@ def test_a_recording_reads_and_writes_the_same_memory_at_every_step(model):
 
 def test_nothing_is_recorded_on_a_cpu(model):
     assert Decoder(model, read(model, tokens()).state).replay is None
+
+
+@pytest.mark.slow
+def test_a_token_takes_as_long_after_16k_as_after_one():
+    """And as much memory: the best of many steps, in turn, for what else runs here slows some."""
+    model = load_pretrained(FOLDER / "tiny_base", dtype=torch.float32).eval()
+    decoders, seconds, sizes = [], [[], []], []
+    for n in (1, 16_384):
+        ids = torch.randint(0, 4096, (1, n), generator=torch.Generator().manual_seed(n))
+        state = read(model, ids).state
+        sizes.append([t.shape for layer in state.layers for t in layer])
+        decoders.append(Decoder(model, state))
+    token = torch.tensor([5])
+    with torch.no_grad():
+        for _ in range(300):
+            for decode, times in zip(decoders, seconds, strict=True):
+                start = time.perf_counter()
+                decode(token)
+                times.append(time.perf_counter() - start)
+    first, last = (sorted(times)[len(times) // 4] for times in seconds)
+    assert last == pytest.approx(first, rel=0.1)
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.gpu
