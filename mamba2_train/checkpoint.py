@@ -153,7 +153,7 @@ def save_pretrained(
         del tensors[_HEAD]
     tensors = {their_name(name, layout): tensor for name, tensor in tensors.items()}
     try:
-        with _replacing(path) as folder:
+        with replacing(path) as folder:
             _write_json(config, folder / CONFIG_FILE[layout])
             if layout == HUGGINGFACE:
                 _write_shards(tensors, folder, max_shard_size)
@@ -347,12 +347,17 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_size: int 
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place once all went well."""
+def replacing(path: Path, force: bool = False) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place once all went well.
+
+    Args:
+        force: also that of a folder that holds no checkpoint. What the new one does not have and is
+            no part of a checkpoint stays.
+    """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; choose a folder to save into")
     old = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-    if old and not {"config.json", "params.json"} & set(old):
+    if old and not force and not {"config.json", "params.json"} & set(old):
         raise UserError(f"{path} holds something else ({_first(old)}); choose an empty folder")
     mark = uuid.uuid4().hex[:8]
     new, aside = (path.with_name(f".{path.name}.{role}-{mark}") for role in ("new", "old"))
@@ -360,7 +365,8 @@ def _replacing(path: Path) -> Iterator[Path]:
     try:
         yield new
         for name in old:
-            if not any(fnmatch.fnmatch(name, pattern) for pattern in _REPLACED):
+            replaced = any(fnmatch.fnmatch(name, pattern) for pattern in _REPLACED)
+            if not replaced and not (new / name).exists():
                 _link(path / name, new / name)
         if old:
             path.rename(aside)

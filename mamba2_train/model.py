@@ -20,7 +20,7 @@ Shapes in comments: b batch, t position, h head, p headdim, g group, n d_state.
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -33,18 +33,12 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from mamba2_kernels import (
-    causal_conv1d,
-    causal_conv1d_step,
-    gated_rms_norm,
-    rms_norm,
-    ssd_scan,
-    ssd_step,
-)
+from mamba2_kernels import MixerStep, causal_conv1d, gated_rms_norm, rms_norm, ssd_scan
 from mamba2_train.loss import IGNORED, cross_entropy, shifted_labels
 
 Reduction = Literal["mean", "sum", "none"]
 Kept = Literal["all", "projections", "input"]
+FEW_ROWS = 4  # with 8, both ways to multiply take as long
 
 
 @dataclass(frozen=True)
@@ -223,26 +217,26 @@ class Mamba2Mixer(nn.Module):
         out = self.out_proj(self.norm(y.flatten(-2), gate=z))
         return out, LayerState(conv_state, ssm_state) if return_state else None
 
-    def step(self, u: Tensor, state: LayerState) -> Tensor:
+    def step(self, u: Tensor, state: LayerState, prepared: MixerStep | None = None) -> Tensor:
         """One token (b, d_model) -> (b, d_model). `state` is updated in place; no gradient."""
-        z, xBC, dt = self._split(self.in_proj(u))
-        xBC = causal_conv1d_step(
-            xBC, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
-        )
-        x, B, C = self._split_conv(xBC)
-        y = ssd_step(
-            x,
-            dt,
+        between = prepared or self.prepare_step()
+        return _few_rows(self.out_proj, between(_few_rows(self.in_proj, u), *state))
+
+    def prepare_step(self) -> MixerStep:
+        """What lies between the projections, with the weights as they are now."""
+        c = self.config
+        return MixerStep(
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
             self._A(),
-            B,
-            C,
-            state.ssm,
-            D=self.D,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            dt_limit=self.config.dt_limit,
+            self.D,
+            self.dt_bias,
+            self.norm.weight,
+            headdim=c.headdim,
+            n_groups=c.n_groups,
+            dt_limit=c.dt_limit,
+            eps=c.norm_eps,
         )
-        return self.out_proj(self.norm(y.flatten(-2), gate=z))
 
     def _A(self) -> Tensor:
         # at least fp32: in bf16 neighbouring decay rates collapse into one
@@ -284,8 +278,10 @@ class Mamba2Block(nn.Module):
             out, state = self._checkpointed()(x.to(dtype), seq_idx, state, return_state)
         return x + out, state
 
-    def step(self, x: Tensor, state: LayerState, *, dtype: torch.dtype) -> Tensor:
-        return x + self.mixer.step(self.norm(x.to(dtype)), state)
+    def step(
+        self, x: Tensor, state: LayerState, prepared: MixerStep | None, *, dtype: torch.dtype
+    ) -> Tensor:
+        return x + self.mixer.step(self.norm(x.to(dtype)), state, prepared)
 
     def _normed_mixer(self, x: Tensor, *rest: Any) -> tuple[Tensor, LayerState | None]:
         return self.mixer(self.norm(x), *rest)
@@ -341,10 +337,12 @@ class Mamba2Backbone(nn.Module):
             states.append(layer_state)
         return self.norm_f(x.to(dtype)), states
 
-    def step(self, input_ids: Tensor, state: Mamba2State) -> Tensor:
+    def step(
+        self, input_ids: Tensor, state: Mamba2State, prepared: Sequence[MixerStep | None]
+    ) -> Tensor:
         x, dtype = self._residual(self.embeddings(input_ids))
-        for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            x = layer.step(x, layer_state, dtype=dtype)  # type: ignore[operator]
+        for layer, layer_state, mixer in zip(self.layers, state.layers, prepared, strict=True):
+            x = layer.step(x, layer_state, mixer, dtype=dtype)  # type: ignore[operator]
         return self.norm_f(x.to(dtype))
 
     def _residual(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
@@ -444,9 +442,25 @@ class Mamba2LM(nn.Module):
             out.logits = self.lm_head(_kept(hidden, logits_to_keep))
         return out
 
-    def step(self, input_ids: Tensor, state: Mamba2State) -> Tensor:
-        """Logits (b, vocab_size) after one more token (b,); `state` is updated in place."""
-        return self.lm_head(self.backbone.step(input_ids, state))
+    @torch.no_grad()
+    def step(
+        self,
+        input_ids: Tensor,
+        state: Mamba2State,
+        prepared: Sequence[MixerStep] | None = None,
+    ) -> Tensor:
+        """Logits (b, vocab_size) after one more token (b,); `state` is updated in place.
+
+        Args:
+            prepared: from `prepare_steps`, for many tokens by the same weights.
+        """
+        mixers: Sequence[MixerStep | None] = prepared or [None] * self.config.n_layers
+        return _few_rows(self.lm_head, self.backbone.step(input_ids, state, mixers))
+
+    @torch.no_grad()
+    def prepare_steps(self) -> list[MixerStep]:
+        """What `step` needs of the weights in a form of its own, as they are now."""
+        return [layer.mixer.prepare_step() for layer in self.backbone.layers]  # type: ignore[operator, union-attr]
 
     def _check(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, *rest: Any) -> None:
         if (input_ids is None) == (inputs_embeds is None):
@@ -549,6 +563,22 @@ def _product(op: Any, args: tuple[Any, ...]) -> tuple[int, int] | None:
         width, inner = args[2]
         return inner, width
     return None
+
+
+def _few_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)` for x (b, d_in). Of a plain projection in float32 on a CPU, one row or some take
+    half the time as a batch of two products: MKL's product of a matrix and a vector reads from
+    memory at half the speed that it has."""
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return module(x)
+    weight = module.weight
+    elsewhere = weight.dtype != torch.float32 or weight.device.type != "cpu"
+    if elsewhere or len(x) > FEW_ROWS or len(weight) % 2:
+        return module(x)
+    # (2, d_out / 2, d_in) @ (2, d_in, b)
+    y = torch.bmm(weight.view(2, -1, weight.shape[1]), x.T.expand(2, -1, -1))
+    y = y.flatten(0, 1).T
+    return y if module.bias is None else y + module.bias
 
 
 def _output_and_state(result: Any, has_state: bool) -> tuple[Tensor, Any]:

@@ -457,17 +457,56 @@ class GenerateConfig(Group):
         description="'embedded', a folder, a hub id, an adapter or a run; several adapters of one "
         "base: their sum"
     )
+    merge: bool = Field(
+        description="adapters into the weights first: faster, and in bfloat16 rounded once more"
+    )
     quantization: QuantizationConfig
-    prompt: str
-    max_new_tokens: PositiveInt
-    temperature: NonNegativeFloat
-    top_k: PositiveInt | None
-    top_p: Annotated[float, Field(gt=0, le=1)]
-    seed: NonNegativeInt
+    prompt: str | None = Field(description="the text to continue; with chat, the user's message")
+    prompt_file: Path | None = Field(description="a file that holds the prompt")
+    prompts: Path | None = Field(
+        description="many: one to a line, or .jsonl with `prompt` or `messages`"
+    )
+    out: Path | None = Field(description="of many prompts: a .jsonl to write; null: the terminal")
+    batch_size: PositiveInt = Field(description="prompts that are continued together")
+    chat: bool = Field(
+        description="through the tokenizer's chat template; without a prompt, a conversation"
+    )
+    system: str | None = Field(description="with chat: the system message")
+    state: Path | None = Field(description="go on from this saved state")
+    save_state: Path | None = Field(description="save the state after the prompt here")
+    max_prompt_tokens: PositiveInt | None = Field(description="refuse a longer prompt")
+    max_new_tokens: NonNegativeInt
+    temperature: NonNegativeFloat = Field(description="0: always the likeliest token")
+    top_k: PositiveInt | None = Field(description="among so many of the likeliest tokens")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="among the likeliest tokens that have this much of the probability together"
+    )
+    min_p: Fraction = Field(description="none less likely than this share of the likeliest")
+    repetition_penalty: PositiveFloat = Field(description="above 1: fewer tokens that were there")
+    stop: list[str] = Field(description="strings that end the text")
+    seed: NonNegativeInt = Field(description="of the first prompt; the next has one more")
     debug: bool
 
     @model_validator(mode="after")
-    def _usable(self) -> "GenerateConfig":
+    def _one_task(self) -> "GenerateConfig":
+        given = [n for n in ("prompt", "prompt_file", "prompts") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are set: set one of them")
+        if not given and not self.chat:
+            raise ValueError(
+                "there is nothing to continue: set prompt, prompt_file or prompts, or chat=true "
+                "for a conversation"
+            )
+        if self.prompts is None and self.out is not None:
+            raise ValueError(f"out={self.out} is for many prompts: set prompts, or remove out")
+        if self.system is not None and not self.chat:
+            raise ValueError("system is a message of a chat: set chat=true, or remove system")
+        if self.chat and (self.state is not None or self.save_state is not None):
+            raise ValueError("a chat begins anew: remove state and save_state, or set chat=false")
+        if self.save_state is not None and self.prompts is not None:
+            raise ValueError("save_state keeps one prompt: set prompt or prompt_file, not prompts")
+        if self.max_new_tokens == 0 and self.save_state is None:
+            raise ValueError("max_new_tokens is 0: ask for at least 1, or set save_state")
         if self.quantization.stored is not None:
             bitsandbytes()
         return self
@@ -481,6 +520,12 @@ class ExportConfig(Group):
     quantization: QuantizationConfig = Field(
         description="of the base that the adapter was trained over: its values are merged into"
     )
+    merge: bool = Field(description="into the base; false: the adapter as it is, over its base")
+    layout: Literal["huggingface", "state-spaces"]
+    max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?[KMGT]B$")] = Field(
+        description="200KB, 5GB: a larger model is split into several files"
+    )
+    force: bool = Field(description="write into a folder that is not empty, over what it holds")
     dtype: Literal["float32", "bfloat16"] | None = Field(
         description="of the weights written; null: as they are stored"
     )
@@ -488,6 +533,51 @@ class ExportConfig(Group):
 
     @model_validator(mode="after")
     def _usable(self) -> "ExportConfig":
+        several = not isinstance(self.checkpoint, str)
+        if not self.merge and (several or self.dtype or self.layout != "huggingface"):
+            raise ValueError(
+                "merge=false copies one adapter as it is: remove dtype and layout, give one "
+                "checkpoint, or set merge=true"
+            )
+        if self.quantization.stored is not None:
+            bitsandbytes()
+        return self
+
+
+class EvaluateConfig(Group):
+    """A run of `mamba2-eval`."""
+
+    checkpoint: str | list[str] = Field(description="as of mamba2-generate")
+    quantization: QuantizationConfig = Field(description="of all that is measured")
+    strategy: StrategyConfig
+    against: str | None = Field(
+        description="what stands beside it: base (of an adapter, its base), or another checkpoint"
+    )
+    data: DataConfig
+    dtype: Literal["float32"] | None = Field(
+        description="float32: widen the weights, as training does; null: as they are stored"
+    )
+    part: Literal["held_out", "all"] = Field(
+        description="held_out: what a training run on these data holds out; all: that and what it "
+        "trains on"
+    )
+    segment_len: PositiveInt = Field(description="most tokens of a document in one pass")
+    batch_tokens: PositiveInt = Field(description="most tokens of all documents in one pass")
+    tasks: list[str] = Field(description="tasks of the lm-evaluation-harness, instead of the data")
+    task_path: Path | None = Field(description="a folder with tasks of your own")
+    num_fewshot: NonNegativeInt | None
+    limit: PositiveInt | None = Field(description="questions of each task")
+    batch_size: PositiveInt = Field(description="of the tasks")
+    out: Path | None = Field(description="a .json to write")
+    plot: Path | None = Field(description="loss by position: a .png, .svg or .pdf")
+    debug: bool
+
+    @model_validator(mode="after")
+    def _usable(self) -> "EvaluateConfig":
+        if self.plot is not None and self.plot.suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"plot={self.plot} is of no kind that is drawn: .png, .svg or .pdf")
+        if self.plot is not None and self.tasks:
+            raise ValueError("tasks have no loss by position: remove plot, or tasks")
         if self.quantization.stored is not None:
             bitsandbytes()
         return self

@@ -14,7 +14,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,3 +107,23 @@ def transformers_model() -> Callable[..., transformers.Mamba2ForCausalLM]:
         return theirs
 
     return make
+
+
+@pytest.fixture
+def torchrun() -> Callable[..., str]:
+    """Run a script of tests/distributed on two ranks, and return what it printed."""
+
+    def run(script: str, *arguments: str) -> str:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch += ["--nproc-per-node=2", str(Path(__file__).parent / "distributed" / script)]
+        done = subprocess.run(
+            [*launch, *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run

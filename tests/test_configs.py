@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from mamba2_train.commands import _quoted, extend_hydra
 from mamba2_train.errors import UserError
 from mamba2_train.schema import (
+    EvaluateConfig,
     ExportConfig,
     GenerateConfig,
     StrategyConfig,
@@ -83,7 +84,11 @@ def test_export_composes():
 
 
 def test_generate_composes():
-    assert validated(GenerateConfig, composed(name="generate")).checkpoint == "embedded"
+    assert validated(GenerateConfig, composed("prompt=a", name="generate")).checkpoint == "embedded"
+
+
+def test_evaluate_composes():
+    assert validated(EvaluateConfig, composed(name="evaluate")).against == "base"
 
 
 def test_every_field_of_ours_can_be_overridden():

@@ -25,6 +25,7 @@ from mamba2_train.model import (
     Mamba2Config,
     Mamba2LM,
     Mamba2State,
+    _few_rows,
     flops_per_token,
     initialize,
 )
@@ -781,3 +782,28 @@ def test_weights_stay_tied_through_meta_and_copies(small_config):
     for tied in (model, copy.deepcopy(model), model.double()):
         assert tied.lm_head.weight is tied.backbone.embeddings.weight
     assert "lm_head.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5])
+@pytest.mark.parametrize("d_out", [6, 7])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_through_a_projection(rows, d_out, bias):
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(11, d_out, bias=bias), torch.randn(rows, 11)
+    expected = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
+    with torch.no_grad():
+        assert (_few_rows(linear, x) - expected).abs().max() < 1e-6
+
+
+def test_few_rows_call_what_is_no_plain_projection():
+    """A module in its place, and hooks on it, are heard."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x, seen = torch.randn(1, 4), []
+    doubled, hooked = Doubled(4, 4), torch.nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda module, args, out: seen.append(out))
+    assert torch.equal(_few_rows(doubled, x), doubled(x))
+    assert torch.equal(_few_rows(hooked, x), seen[0])

@@ -11,9 +11,23 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from mamba2_train.commands import extend_hydra
-from mamba2_train.schema import ExportConfig, GenerateConfig, PlanConfig, TrainConfig, validated
+from mamba2_train.schema import (
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    PlanConfig,
+    TrainConfig,
+    validated,
+)
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = {
+    "mamba2-train": ("train", TrainConfig),
+    "mamba2-generate": ("generate", GenerateConfig),
+    "mamba2-eval": ("evaluate", EvaluateConfig),
+    "mamba2-export": ("export", ExportConfig),
+    "mamba2-plan": ("plan", PlanConfig),
+}
 PAGES = ["README.md", "recipes/README.md", "mamba2_train/assets/README.md"]
 BLOCKS = [
     (page, language, body)
@@ -35,10 +49,9 @@ LINES = [
 )
 def test_commands_compose(page, line):
     words = shlex.split(line)
-    schemas = {"generate": GenerateConfig, "export": ExportConfig, "plan": PlanConfig}
-    name = words[0].removeprefix("mamba2-")
-    schema = schemas.get(name, TrainConfig)
-    name = name if name in schemas else "train"
+    name, schema = COMMANDS.get(words[0], COMMANDS["mamba2-train"])
+    if "mamba2_train.commands.evaluate" in words:  # after torchrun -m
+        name, schema = COMMANDS["mamba2-eval"]
     if "--config-name" in words:
         name = words[words.index("--config-name") + 1]
     overrides = [w for w in words[1:] if re.match(r"[\w.]+=", w)]

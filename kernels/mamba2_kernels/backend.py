@@ -27,6 +27,7 @@ TRITON_MODULES: dict[str, str] = {
     "ssd_step": "mamba2_kernels.step_triton",
     "causal_conv1d": "mamba2_kernels.conv1d_triton",
     "causal_conv1d_step": "mamba2_kernels.step_triton",
+    "MixerStep": "mamba2_kernels.step_triton",
     "rms_norm": "mamba2_kernels.norm_triton",
     "gated_rms_norm": "mamba2_kernels.norm_triton",
     "gated_square_sum": "mamba2_kernels.norm_triton",

@@ -1,17 +1,20 @@
 """One token at a time: the scan and the convolution of decoding, for inference only.
 
 They compute what `ssd_scan` and `causal_conv1d` compute for a sequence of one token, and update the
-state in place.
+state in place. `MixerStep` is both and the gated norm, prepared once for many tokens: a step of a
+small model on a CPU is some hundred operations of a few microseconds each, and checking arguments
+and passing the dispatcher at every one would take longer than they do.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba2_kernels import reference
+from mamba2_kernels import norm_torch, reference
 from mamba2_kernels.backend import resolve_backend, triton_path
 from mamba2_kernels.checks import ArgumentCheck, check_activation, check_dt_limit, check_values
 from mamba2_kernels.launch import no_mixer_kernel
+from mamba2_kernels.norm import gated_rms_norm
 from mamba2_kernels.precision import compute_dtype, widen
 
 INFINITY = float("inf")
@@ -126,6 +129,148 @@ def causal_conv1d_step(
         y, new_state = reference.causal_conv1d_step(*wide, activation=activation)
         state.copy_(new_state)
         return y.to(x.dtype)
+
+
+class MixerStep:
+    """A mixer's token, from what `in_proj` gives to what `out_proj` takes, any number of times.
+
+        y = gated_rms_norm(ssd_step(x, dt, A, B, C), z)     x, B, C = causal_conv1d_step(xBC)
+
+    Weights are checked and laid out here, once; where they change, prepare it anew.
+
+    Args:
+        conv_weight: (channels, d_conv), of x, B and C together; conv_bias (channels,).
+        A, D, dt_bias: (n_heads,), A negative.
+        norm_weight: (d_inner,), with d_inner = n_heads * headdim.
+        dt_limit, backend: as in `ssd_scan`; dt goes through softplus.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        conv_weight: Tensor,
+        conv_bias: Tensor | None,
+        A: Tensor,
+        D: Tensor,
+        dt_bias: Tensor,
+        norm_weight: Tensor,
+        *,
+        headdim: int,
+        n_groups: int,
+        dt_limit: tuple[float, float] = (0.0, INFINITY),
+        eps: float = 1e-5,
+        backend: str = "auto",
+    ) -> None:
+        op = "MixerStep"
+        check = ArgumentCheck(op)
+        check.tensor("conv_weight", conv_weight, "channels, d_conv")
+        check.tensor("conv_bias", conv_bias, "channels")
+        for name, value in (("A", A), ("D", D), ("dt_bias", dt_bias)):
+            check.tensor(name, value, "n_heads")
+        check.tensor("norm_weight", norm_weight, "d_inner")
+        check.sizes["n_groups"] = (n_groups, "n_groups")
+        check.divides("n_groups", "n_heads")
+        check_values(op, A=A)
+        channels, d_conv = conv_weight.shape
+        n_heads, d_inner = len(A), len(A) * headdim
+        d_bc = (channels - d_inner) // 2  # B or C, of all groups
+        if len(norm_weight) != d_inner or d_bc < n_groups or (channels - d_inner) % (2 * n_groups):
+            raise ValueError(
+                f"{op}: {n_heads} heads of {headdim} and {n_groups} groups do not fit "
+                f"{len(norm_weight)} channels of norm_weight and {channels} of conv_weight: give "
+                "(n_heads * headdim,) and (n_heads * headdim + 2 * n_groups * d_state, d_conv)"
+            )
+        self.sizes, self.conv_sizes = [d_inner, channels, n_heads], [d_inner, d_bc, d_bc]
+        self.heads, self.groups = (n_heads, headdim), (n_groups, d_bc // n_groups)
+        self.conv_shape, self.ssm_shape = (d_conv - 1, channels), (*self.heads, self.groups[1])
+        self.eps, self.dt_limit = eps, check_dt_limit(op, dt_limit)
+        self.limited = self.dt_limit != (0.0, INFINITY)  # a softplus is never below 0
+        self.backend = backend
+        self.plain = resolve_backend(op, backend, A.device, None) == "torch"
+        self.dtype = compute_dtype(conv_weight)
+        self.conv_weight = conv_weight.detach()
+        self.taps = self.conv_weight.to(self.dtype).T.contiguous()
+        self.conv_bias = None if conv_bias is None else conv_bias.detach().to(self.dtype)
+        self.A, self.D, self.dt_bias = widen(self.dtype, A.detach(), D.detach(), dt_bias.detach())
+        self.norm_weight = norm_weight.detach()
+
+    @torch.no_grad()
+    def __call__(self, zxBCdt: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        """
+        Args:
+            zxBCdt: (batch, d_inner + channels + n_heads), any float dtype.
+            conv_state: (batch, d_conv - 1, channels) and ssm_state (batch, n_heads, headdim,
+                d_state), dense; both are updated in place.
+
+        Returns:
+            (batch, d_inner) in zxBCdt's dtype.
+        """
+        batch = len(zxBCdt)
+        if (
+            zxBCdt.shape != (batch, sum(self.sizes))
+            or conv_state.shape != (batch, *self.conv_shape)
+            or ssm_state.shape != (batch, *self.ssm_shape)
+        ):
+            raise ValueError(
+                f"MixerStep: zxBCdt has shape {tuple(zxBCdt.shape)}, conv_state "
+                f"{tuple(conv_state.shape)}, ssm_state {tuple(ssm_state.shape)}: they must be "
+                f"(batch, {sum(self.sizes)}), (batch, *{self.conv_shape}), (batch, "
+                f"*{self.ssm_shape})"
+            )
+        z, xBC, dt = zxBCdt.split(self.sizes, -1)
+        if not self.plain or ssm_state.dtype != self.dtype or not ssm_state.is_contiguous():
+            return self._by_ops(z, xBC, dt, conv_state, ssm_state)
+        # the same operations as below and in norm_torch, without what surrounds them
+        window = torch.cat([conv_state.to(xBC.dtype), xBC[:, None]], 1)
+        conv_state.copy_(window[:, 1:])
+        conv = (window * self.taps).sum(1)
+        if self.conv_bias is not None:
+            conv += self.conv_bias
+        conv = F.silu(conv, inplace=True).to(zxBCdt.dtype).to(self.dtype)
+        x, B, C = conv.split(self.conv_sizes, -1)
+        dt = F.softplus(dt + self.dt_bias)
+        if self.limited:
+            dt = dt.clamp(*self.dt_limit)
+        (n_heads, headdim), (n_groups, d_state) = self.heads, self.groups
+        of_groups = (batch, n_groups, -1, d_state)  # (b, g, r p, n), r heads to a group
+        x = x.reshape(batch, n_heads, headdim)
+        update = dt[..., None] * x
+        ssm_state *= torch.exp(dt * self.A)[..., None, None]
+        ssm_state.view(of_groups).addcmul_(
+            update.reshape(batch, n_groups, -1, 1), B.reshape(batch, n_groups, 1, d_state)
+        )
+        # (b g, 1, n) @ (b g, n, r p): state @ C would take eight times as long for a batch, in MKL
+        y = torch.bmm(C.reshape(-1, 1, d_state), ssm_state.view(batch * n_groups, -1, d_state).mT)
+        y = y.view(x.shape).addcmul_(self.D[:, None], x).view(z.shape).to(zxBCdt.dtype)
+        return norm_torch.gated_rms_norm(y, z, self.norm_weight, self.eps, len(z[0]) // n_groups)
+
+    def _by_ops(
+        self, z: Tensor, xBC: Tensor, dt: Tensor, conv_state: Tensor, ssm_state: Tensor
+    ) -> Tensor:
+        xBC = causal_conv1d_step(
+            xBC, conv_state, self.conv_weight, self.conv_bias, backend=self.backend
+        )
+        x, B, C = xBC.split(self.conv_sizes, -1)
+        y = ssd_step(
+            x.unflatten(-1, self.heads),
+            dt,
+            self.A,
+            B.unflatten(-1, self.groups),
+            C.unflatten(-1, self.groups),
+            ssm_state,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=self.dt_limit,
+            backend=self.backend,
+        )
+        group_size = self.sizes[0] // self.groups[0]
+        return gated_rms_norm(
+            y.flatten(1), z, self.norm_weight, eps=self.eps, group_size=group_size,
+            backend=self.backend,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("mamba2_kernels::ssd_step", mutates_args=("state",))

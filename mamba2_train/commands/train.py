@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from datetime import datetime, timedelta
+from typing import Any
 
 import lightning as L
 import torch
@@ -35,8 +36,8 @@ from mamba2_train.data.tokenizer import load_tokenizer
 from mamba2_train.errors import UserError
 from mamba2_train.model import PRESETS, Mamba2Config, Mamba2LM, initialize
 from mamba2_train.module import Mamba2Module
-from mamba2_train.plan import Plan, shortage
 from mamba2_train.nonfinite import NonFinite
+from mamba2_train.plan import Plan, shortage
 from mamba2_train.processes import check_launcher, open_log
 from mamba2_train.resume import identity, locate, read_start
 from mamba2_train.run import Run, base_name
@@ -87,7 +88,7 @@ def main(config: TrainConfig) -> None:
         csv_rows=lambda: count_rows(config.run_dir),
         timeout=_pg_timeout(config.strategy),
     )
-    t = config.trainer
+    t, s = config.trainer, config.strategy
     nonfinite = NonFinite(t.on_nan, t.max_skipped, saver, config.run_dir)
     trainer = build_trainer(config, saver, nonfinite)
     saver.run = identity(config, model, data.fingerprint(), trainer.world_size, resumed)
@@ -217,15 +218,8 @@ def count_steps(config: TrainConfig, data: TextDataModule) -> int:
 
 def build_trainer(config: TrainConfig, saver: Checkpoints, nonfinite: NonFinite) -> L.Trainer:
     t, s = config.trainer, config.strategy
-    devices, num_nodes = _processes(s)
-    accelerator = s.accelerator
-    if accelerator == "auto":  # Lightning's would take a Mac's GPU, which lacks the scan's float64
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = L.Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=num_nodes,
-        strategy={"auto": "auto", "single": "auto", "ddp": "ddp"}[s.kind],
+        **placement(config.strategy),
         precision="bf16-mixed" if config.precision.autocast else "32-true",
         max_epochs=t.max_epochs if t.max_epochs is not None else -1,
         max_steps=t.max_steps if t.max_steps is not None else -1,
@@ -258,6 +252,20 @@ def build_trainer(config: TrainConfig, saver: Checkpoints, nonfinite: NonFinite)
 def _pg_timeout(strategy: StrategyConfig) -> timedelta:
     """Of collectives: they end without a name, so the watch comes first."""
     return timedelta(minutes=1.5 * strategy.timeout_minutes + 0.5)
+
+
+def placement(strategy: StrategyConfig) -> dict[str, Any]:
+    """What Lightning's Trainer and Fabric are told of where to compute."""
+    devices, num_nodes = _processes(strategy)
+    accelerator = strategy.accelerator
+    if accelerator == "auto":  # Lightning's would take a Mac's GPU, which lacks the scan's float64
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "accelerator": accelerator,
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "strategy": {"auto": "auto", "single": "auto", "ddp": "ddp"}[strategy.kind],
+    }
 
 
 def _processes(strategy: StrategyConfig) -> tuple[int | str, int]:

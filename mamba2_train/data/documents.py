@@ -209,6 +209,31 @@ def hold_out(texts: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
     return texts <= different[n - 1]
 
 
+def would_be_held_out(uncut: tuple[Documents, Documents], config: DataConfig) -> Documents:
+    """Of whole documents, on both sides, those that a run with `config` holds out.
+
+    Where it cuts long ones, it may leave some out, which then do not count among the texts of which
+    a fraction is held out.
+    """
+    texts, sides, spans = [], [], []
+    for side, documents in enumerate(uncut):
+        for start, stop in pairwise(documents.bounds.tolist()):
+            learned = documents.learned[start:stop]
+            cuts = _places(stop - start, config)
+            if any(learned[a + 1 : b].any() for a, b in pairwise(cuts)):
+                tokens = documents.tokens[start:stop]
+                texts.append(xxhash.xxh3_64_intdigest(tokens.tobytes()))
+                sides.append(side)
+                spans.append((start, stop))
+    chosen = np.flatnonzero(hold_out(np.array(texts, np.uint64), config.validation_fraction))
+    parts = [(uncut[sides[i]], slice(*spans[i])) for i in chosen]
+    return Documents(
+        np.concatenate([documents.tokens[span] for documents, span in parts]),
+        np.concatenate([documents.learned[span] for documents, span in parts]),
+        _bounds(np.array([span.stop - span.start for _, span in parts], np.int64)),
+    )
+
+
 def _build(config: DataConfig, tokenizer: Any, arrays: Arrays) -> dict[str, Any]:
     """Both parts in `arrays`; their counts."""
     mixture, held_out = load_parts(config, ROWS_AT_ONCE)
@@ -370,14 +395,18 @@ def _refuse_nothing(counts: dict[str, int], origin: str, config: DataConfig) -> 
 
 def _cuts(length: int, row: Row, config: DataConfig) -> list[int]:
     """Where a document of `length` tokens begins, is cut, and ends."""
-    whole = config.packing == "wrapped" and config.long_documents == "split"  # cut in packing
-    if length <= config.seq_len or whole:
-        return [0, length]
-    if config.long_documents == "error":
+    if length > config.seq_len and config.long_documents == "error":
         raise UserError(
             f"{row.place} has {length} tokens and data.seq_len is {config.seq_len}: raise it, "
             "shorten the text, or set data.long_documents to split or truncate"
         )
+    return _places(length, config)
+
+
+def _places(length: int, config: DataConfig) -> list[int]:
+    whole = config.packing == "wrapped" and config.long_documents == "split"  # cut in packing
+    if length <= config.seq_len or whole:
+        return [0, length]
     if config.long_documents == "truncate":
         return [0, config.seq_len]
     return [*range(0, length, config.seq_len), length]

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from mamba2_kernels import causal_conv1d, causal_conv1d_step, ssd_scan, ssd_step
+from mamba2_kernels import (
+    MixerStep,
+    causal_conv1d,
+    causal_conv1d_step,
+    reference,
+    ssd_scan,
+    ssd_step,
+)
 from mamba2_kernels.testing import random_ssd_inputs, random_state, relative_error
 
 SHAPE = (2, 20, 4, 16, 2, 16)  # batch, seq_len, n_heads, headdim, n_groups, d_state
@@ -123,3 +130,88 @@ def test_wrong_arguments_of_a_convolution_step_are_refused(changes, message):
     arguments["weight"] = torch.zeros(24, 4)
     with pytest.raises(ValueError, match=message):
         causal_conv1d_step(**(arguments | changes))
+
+
+def mixer_inputs(batch, n_groups, dtype):
+    """What the step reads (8 heads of 4, d_state 6), and six tokens."""
+    wide = torch.promote_types(dtype, torch.float32)
+    channels = 8 * 4 + 2 * n_groups * 6
+    made = [random_state(channels, 4, dtype=dtype, seed=1), random_state(channels, dtype=dtype)]
+    made += [-random_state(8, dtype=wide, seed=2).abs() - 0.1]
+    made += [random_state(8, dtype=wide, seed=seed) for seed in (3, 4)]
+    norm_weight = random_state(32, dtype=dtype, seed=5)
+    states = random_state(batch, 3, channels, dtype=dtype), random_state(batch, 8, 4, 6, dtype=wide)
+    tokens = random_state(6, batch, 32 + channels + 8, dtype=dtype, seed=6)
+    return [*made, norm_weight], states, tokens
+
+
+def mixer_truth(weights, states, token, n_groups, dt_limit, eps):
+    """The recurrence as `reference` has it, in float64."""
+    conv_weight, conv_bias, A, D, dt_bias, norm_weight = weights
+    channels = len(conv_weight)
+    z, xBC, dt = token.split([32, channels, 8], -1)
+    xBC, conv = reference.causal_conv1d_step(
+        xBC, states[0], conv_weight, conv_bias, activation="silu"
+    )
+    x, B, C = xBC.split([32, n_groups * 6, n_groups * 6], -1)
+    y, ssm = reference.ssd_step(
+        x.unflatten(-1, (8, 4)), dt, A, B.unflatten(-1, (n_groups, 6)),
+        C.unflatten(-1, (n_groups, 6)), states[1], D=D, dt_bias=dt_bias, dt_softplus=True,
+        dt_limit=dt_limit,
+    )  # fmt: skip
+    y = reference.gated_rms_norm(y.flatten(1), z, norm_weight, eps=eps, group_size=32 // n_groups)
+    return y, (conv, ssm)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(b, d) for b in BACKENDS for d in (torch.float64, torch.float32, torch.bfloat16)]
+    + [("triton", torch.float32), ("triton", torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize(("batch", "n_groups"), [(1, 1), (3, 1), (1, 4), (2, 4)])
+@pytest.mark.parametrize("dt_limit", [(0.0, float("inf")), (0.2, 0.9)], ids=str)
+def test_a_mixers_step_is_the_recurrence(backend, dtype, batch, n_groups, dt_limit):
+    weights, states, tokens = mixer_inputs(batch, n_groups, dtype)
+    step = MixerStep(
+        *weights, headdim=4, n_groups=n_groups, dt_limit=dt_limit, eps=1e-4, backend=backend
+    )
+    exact_weights, exact = [w.double() for w in weights], tuple(s.double() for s in states)
+    tolerance = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    for token in tokens:
+        expected, exact = mixer_truth(
+            exact_weights, exact, token.double(), n_groups, dt_limit, 1e-4
+        )
+        y = step(token, *states)
+        assert y.dtype == dtype
+        assert relative_error(y, expected) < tolerance
+        assert relative_error(states[0], exact[0]) < tolerance
+        assert relative_error(states[1], exact[1]) < tolerance
+
+
+def test_a_mixers_step_without_a_bias_on_a_slice_of_a_cache():
+    weights, (conv, ssm), tokens = mixer_inputs(2, 1, torch.float64)
+    weights[1] = None
+    step = MixerStep(*weights, headdim=4, n_groups=1)
+    cache = random_state(2, 3, 8, 4, 6, dtype=torch.float64)
+    cache[:, 1] = ssm
+    before = cache.clone()
+    expected, (_, after) = mixer_truth(weights, (conv, ssm), tokens[0], 1, (0, float("inf")), 1e-5)
+    assert relative_error(step(tokens[0], conv, cache[:, 1]), expected) < 1e-14
+    assert relative_error(cache[:, 1], after) < 1e-14
+    assert torch.equal(cache[:, ::2], before[:, ::2])
+
+
+def test_wrong_arguments_of_a_mixers_step_are_refused():
+    weights, states, tokens = mixer_inputs(2, 1, torch.float32)
+    with pytest.raises(ValueError, match="8 heads of 5 and 1 groups do not fit 32 channels"):
+        MixerStep(*weights, headdim=5, n_groups=1)
+    with pytest.raises(ValueError, match="n_groups = 3 does not divide n_heads = 8"):
+        MixerStep(*weights, headdim=4, n_groups=3)
+    with pytest.raises(ValueError, match=r"dt_bias has shape.*n_heads = 7"):
+        MixerStep(*weights[:4], torch.ones(7), weights[5], headdim=4, n_groups=1)
+    step = MixerStep(*weights, headdim=4, n_groups=1)
+    with pytest.raises(ValueError, match=r"zxBCdt has shape \(2, 83\)"):
+        step(tokens[0][:, 1:], *states)
+    with pytest.raises(ValueError, match=r"ssm_state \(1, 8, 4, 6\)"):
+        step(tokens[0], states[0], states[1][:1])
