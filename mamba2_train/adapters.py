@@ -222,7 +222,7 @@ def load_adapter(model: Mamba2LM, *folders: str | Path, trainable: bool = False)
             else:
                 peft_model.add_adapter(names[-1], config)
         _set_weights(peft_model, folder, names[-1])
-        beside = _read_in_full(folder)
+        beside = read_in_full(folder)
         if both := in_full.keys() & beside.keys():
             raise UserError(
                 f"{folder} and another adapter have each trained {min(both)} in full: merge one "
@@ -388,7 +388,8 @@ def _write(tensors: dict[str, Tensor], file: Path) -> None:
     safetensors.torch.save_file(dense, file, metadata={"format": "pt"})
 
 
-def _read_in_full(folder: str | Path) -> dict[str, Tensor]:
+def read_in_full(folder: str | Path) -> dict[str, Tensor]:
+    """What was trained in full beside an adapter, by the names of the checkpoint."""
     file = Path(folder) / IN_FULL_FILE
     return safetensors.torch.load_file(file) if file.is_file() else {}
 

@@ -5,13 +5,18 @@ the run looks well and has trained a part of what was asked for.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 
+import torch
+import torch.distributed as dist
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mamba2_train.adapters import KINDS, kind_of
 from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2LM
+from mamba2_train.parallel.shards import local
 from mamba2_train.quantization import n_elements
 
 
@@ -55,21 +60,32 @@ def check_gradients(model: nn.Module) -> None:
     is then zero too: that one is excused.
     """
     parameters = dict(model.named_parameters())
-    silent = [
-        name
-        for name, p in parameters.items()
-        if p.requires_grad and (p.grad is None or not p.grad.any())
-    ]
-    silent = [name for name in silent if not _is_excused(name, parameters)]
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    moving = _any({name: p.grad for name, p in trained.items()})
+    nonzero = _any(trained)
+    silent = [n for n in trained if not moving[n] and not _is_excused(n, parameters, nonzero)]
     if silent:
         raise UserError(
-            f"{len(silent)} of {sum(p.requires_grad for p in parameters.values())} trained tensors "
+            f"{len(silent)} of {len(trained)} trained tensors "
             f"got no gradient in the first step, such as {silent[0]}: the loss does not depend on "
             f"them, so leave them out of adapter.targets or adapter.train, or freeze them"
         )
 
 
-def _is_excused(name: str, parameters: dict[str, nn.Parameter]) -> bool:
+def _any(tensors: Mapping[str, Tensor | None]) -> dict[str, bool]:
+    """Whether anything in them is not zero, on whichever rank it is."""
+    found = [t is not None and bool(local(t).any()) for t in tensors.values()]
+    meshes = [t.device_mesh for t in tensors.values() if isinstance(t, DTensor)]
+    if meshes:
+        seen = torch.tensor(found, dtype=torch.int32, device=meshes[0].device_type)
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        found = seen.bool().tolist()
+    return dict(zip(tensors, found, strict=True))
+
+
+def _is_excused(
+    name: str, parameters: dict[str, nn.Parameter], nonzero: Mapping[str, bool]
+) -> bool:
     other = name
     for mine, partner in (
         ("lora_A.", "lora_B."),
@@ -79,7 +95,7 @@ def _is_excused(name: str, parameters: dict[str, nn.Parameter]) -> bool:
     ):
         if f".{mine}" in name:
             other = name.replace(f".{mine}", f".{partner}")
-    return other != name and parameters[name].grad is not None and not parameters[other].any()
+    return other != name and parameters[name].grad is not None and not nonzero[other]
 
 
 def _holder(name: str) -> str:

@@ -9,6 +9,7 @@ mamba2-train ... resume=auto                       go on where the last one was 
 import math
 import os
 from datetime import datetime
+from functools import partial
 
 import lightning as L
 import torch
@@ -21,10 +22,11 @@ from mamba2_train.adapters import (
     folder_of,
     load_adapter,
     read_config,
+    read_in_full,
 )
 from mamba2_train.assets import resolve
 from mamba2_train.callbacks import build_callbacks, validate_every
-from mamba2_train.checkpoint import load_config, load_pretrained
+from mamba2_train.checkpoint import StoredWeights, load_config, load_pretrained
 from mamba2_train.commands import command, console
 from mamba2_train.data.datamodule import TextDataModule
 from mamba2_train.data.preview import preview
@@ -33,6 +35,9 @@ from mamba2_train.data.tokenizer import load_tokenizer
 from mamba2_train.errors import UserError
 from mamba2_train.model import PRESETS, Mamba2Config, Mamba2LM, initialize
 from mamba2_train.module import Mamba2Module
+from mamba2_train.parallel.sizes import mesh_sizes
+from mamba2_train.parallel.start import Sharding, drawn, sharded_model, stored, weightless
+from mamba2_train.parallel.strategy import MeshStrategy, data_ranks
 from mamba2_train.resume import identity, locate, read_start
 from mamba2_train.run import Run, base_name
 from mamba2_train.saving import CHECKPOINTS, RECENT, Checkpoints, WholeOrNot
@@ -50,6 +55,7 @@ def main(config: TrainConfig) -> None:
 
     # what fails fast comes first: the data are read and checked before a weight is
     shape = model_shape(config)
+    strategy = choose_strategy(config, shape)
     check_adapter(config, shape)
     tokenizer = load_tokenizer(
         resolve(config.model.tokenizer or config.model.source or ""),
@@ -64,9 +70,6 @@ def main(config: TrainConfig) -> None:
         return
     data.prepare_data()
     data.setup()
-    model = build_model(config)
-    adapter = adapt(model, config)
-    check_space(config.run_dir, _bytes_written(model, config.callbacks.saving.keep))
 
     saver = Checkpoints(
         config.run_dir / CHECKPOINTS,
@@ -74,14 +77,19 @@ def main(config: TrainConfig) -> None:
         seed=config.seed,
         csv_rows=lambda: count_rows(config.run_dir),
     )
-    trainer = build_trainer(config, saver)
-    saver.run = identity(config, model, data.fingerprint(), trainer.world_size, resumed)
+    trainer = build_trainer(config, saver, strategy)
+    model, adapter = build(config, shape, strategy)
+    check_space(config.run_dir, _bytes_written(model, config.callbacks.saving.keep))
+    saver.run = identity(config, model, data.fingerprint(), data_ranks(trainer)[0], resumed)
     data.trainer = trainer
     total_steps = count_steps(config, data)
     module = Mamba2Module(
         model, config.optimizer, config.scheduler, total_steps, config.adapter.lora_plus_ratio
     )
-    run = Run(config, trainer, module, data, tokenizer, adapter, saver, started, resumed)
+    run = Run(
+        *(config, trainer, module, data, tokenizer, adapter, saver, started, resumed),
+        in_one_piece=partial(in_one_piece, config, shape),
+    )
     run.announce()
     run.evaluate_base()
     run.fit()
@@ -98,6 +106,68 @@ def model_shape(config: TrainConfig) -> Mamba2Config:
         return load_config(resolve(config.model.source), revision=config.model.revision)
     assert config.model.preset is not None
     return PRESETS[config.model.preset]
+
+
+def choose_strategy(config: TrainConfig, shape: Mamba2Config) -> str | MeshStrategy:
+    """Lightning's name of a strategy, or ours, with sizes that the processes and the model allow."""
+    s = config.strategy
+    if not s.shards:
+        return "ddp" if s.kind == "ddp" else "auto"
+    devices, num_nodes = _processes(s)
+    if devices == "auto":
+        cuda = torch.cuda.is_available() and s.accelerator != "cpu"
+        devices = torch.cuda.device_count() if cuda else 1
+    assert isinstance(devices, int)
+    sizes = mesh_sizes(s, shape, world=devices * num_nodes, local=devices)
+    return MeshStrategy(sizes, reduce_each_batch=s.reduce_each_batch, cpu_offload=s.cpu_offload)
+
+
+def build(
+    config: TrainConfig, shape: Mamba2Config, strategy: str | MeshStrategy
+) -> tuple[Mamba2LM, PeftModel | None]:
+    """The model with its adapters, on the mesh if the strategy has one."""
+    if not isinstance(strategy, MeshStrategy):
+        model = build_model(config)
+        return model, adapt(model, config)
+    settings = config.model
+    if settings.source is not None:
+        source = stored(StoredWeights(resolve(settings.source), settings.revision))
+    else:
+        source = drawn(shape, config.seed)
+    model, adapter = sharded_model(
+        shape,
+        source,
+        partial(adapt, config=config),
+        Sharding(
+            strategy.start(),
+            products=torch.bfloat16 if config.precision.autocast else None,
+            cpu_offload=strategy.cpu_offload,
+        ),
+        dtype=DTYPES[config.precision.weights],
+        quantization=config.quantization.stored,
+        beside=_trained_beside(config),
+    )
+    model.set_checkpointing(settings.checkpointing)
+    return model, adapter
+
+
+def in_one_piece(
+    config: TrainConfig, shape: Mamba2Config, tensors: dict[str, torch.Tensor]
+) -> Mamba2LM | PeftModel:
+    """What is saved of a run: the model that `tensors` are all of, or an adapter on weights that
+    are not there."""
+    model = weightless(shape, DTYPES[config.precision.weights], config.quantization.stored)
+    adapter = adapt(model, config)
+    unknown = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    assert not unknown, unknown
+    model.tie_weights()
+    return model if adapter is None else adapter
+
+
+def _trained_beside(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """Weights that an adapter to go on with has trained in full."""
+    lora = config.adapter
+    return read_in_full(folder_of(lora.source)) if lora.kind == "continue" else {}
 
 
 def build_model(config: TrainConfig) -> Mamba2LM:
@@ -182,7 +252,9 @@ def count_steps(config: TrainConfig, data: TextDataModule) -> int:
     return steps if t.max_steps is None else min(steps, t.max_steps)
 
 
-def build_trainer(config: TrainConfig, saver: Checkpoints) -> L.Trainer:
+def build_trainer(
+    config: TrainConfig, saver: Checkpoints, strategy: str | MeshStrategy
+) -> L.Trainer:
     t, s = config.trainer, config.strategy
     devices, num_nodes = _processes(s)
     accelerator = s.accelerator
@@ -192,7 +264,7 @@ def build_trainer(config: TrainConfig, saver: Checkpoints) -> L.Trainer:
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
-        strategy={"auto": "auto", "single": "auto", "ddp": "ddp"}[s.kind],
+        strategy=strategy,
         precision="bf16-mixed" if config.precision.autocast else "32-true",
         max_epochs=t.max_epochs if t.max_epochs is not None else -1,
         max_steps=t.max_steps if t.max_steps is not None else -1,
