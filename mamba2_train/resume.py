@@ -107,8 +107,8 @@ def identity(
             "rows": f"it had {resumed.run['world']} ranks and this run has {world}, with the same "
             "rows in a step only if data.batch_size and trainer.accumulate make up for it: steps "
             f"had {resumed.run['rows']} rows and have {now['rows']}: start as many ranks",
-            "world": f"it had {resumed.run['world']} ranks and this run has {world}, whose order of "
-            "streamed or length-grouped data is another: start as many",
+            "world": f"it had {resumed.run['world']} ranks and this run has {world}, which see "
+            "streamed or length-grouped data in another order: start as many",
         }
         if not (config.data.streaming or config.data.length_grouped):
             del cures["world"]
@@ -121,7 +121,7 @@ def identity(
 def check_config(resumed: Resumed, config: TrainConfig) -> None:
     """Raise a UserError that names the settings which differ and change the numbers."""
     then, now = _flat(resumed.run["config"]), _flat(config.model_dump(mode="json"))
-    free = FREE
+    free: tuple[str, ...] = FREE
     if resumed.run["rows"] % (config.data.batch_size * config.trainer.accumulate) == 0:
         free += ROWS  # of another number of ranks, which `identity` will know
     changed = [

@@ -228,6 +228,7 @@ class Run:
         best = self.trainer.strategy.broadcast(self.saver.best_step)
         if best is not None and not now <= scores[best]:  # nan neither
             path = self.trainer.strategy.broadcast(self.saver.path(best))
+            assert path is not None
             load_weights(path, self.module)
             self.result["best_step"] = best
             now = scores[best]

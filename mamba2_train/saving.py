@@ -86,7 +86,7 @@ class Checkpoints(Callback):
         self.saved_at, self.saved_step = time.monotonic(), -1
 
     def path(self, step: int) -> Path | None:
-        """Of the checkpoint of this step, whichever strategy has written it; None if there is none."""
+        """Of the checkpoint of this step, whichever strategy has written it, if there is one."""
         return next((p for p in checkpoints_in(self.folder) if step_of(p) == step), None)
 
     @property

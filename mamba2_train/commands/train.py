@@ -109,7 +109,7 @@ def model_shape(config: TrainConfig) -> Mamba2Config:
 
 
 def choose_strategy(config: TrainConfig, shape: Mamba2Config) -> str | MeshStrategy:
-    """Lightning's name of a strategy, or ours, with sizes that the processes and the model allow."""
+    """Lightning's name of a strategy, or ours, with sizes that processes and model allow."""
     s = config.strategy
     if not s.shards:
         return "ddp" if s.kind == "ddp" else "auto"

@@ -5,9 +5,10 @@
       .metadata                         where each box is (DCP's)
       meta.pt                           all else, and the checksum of every other file
 
-Tensors are those of a model in one process, under the same names, in as many boxes as the ranks cut
-them into: any number of ranks reads what any other wrote, each of them its own boxes alone. A folder
-is written under another name, `meta.pt` last, and renamed: one with a checkpoint's name is whole.
+Tensors are those of a model in one process, under the same names, in as many boxes as the ranks
+cut them into: any number of ranks reads what any other wrote, each of them its own boxes alone. A
+folder is written under another name, `meta.pt` last, and renamed: one with a checkpoint's name is
+whole.
 """
 
 import os
@@ -95,7 +96,7 @@ def save(checkpoint: dict[str, Any], path: Path, strategy: Any) -> None:
         temporary.mkdir()
     strategy.barrier()
     dcp.save(
-        tensors,  # type: ignore[arg-type]
+        tensors,
         storage_writer=dcp.FileSystemWriter(temporary),  # which syncs its files to the disk
         planner=_Writer(),
     )
@@ -117,8 +118,9 @@ def save(checkpoint: dict[str, Any], path: Path, strategy: Any) -> None:
 
 
 def load(path: Path, module: Any, optimizers: Iterable[Optimizer]) -> dict[str, Any]:
-    """Put a checkpoint's weights into `module`, in place, and its state into the optimizers; returns
-    the rest, in which `state_dict` has the weights' names alone.
+    """Put a checkpoint's weights into `module`, in place, and its state into the optimizers.
+
+    Returns the rest, in which `state_dict` has the weights' names alone.
 
     Args:
         path: a folder, or the file that a run in one process has written.
@@ -295,7 +297,7 @@ def _read(held: Tensors, source: Path | dict[str, Tensor]) -> None:
     if isinstance(source, Path):
         # no communication: each rank knows what it needs
         reader = dcp.FileSystemReader(source)
-        dcp.load(held, storage_reader=reader, planner=_Reader(), no_dist=True)  # type: ignore[arg-type]
+        dcp.load(held, storage_reader=reader, planner=_Reader(), no_dist=True)
         return
     for name, some in held.items():
         for box in some:

@@ -5,8 +5,8 @@ gathered block by block when they are needed, and their gradients reduced to the
 What has another shape (A_log, D, dt_bias, norms, biases, the convolution) is small and stays whole
 on every rank, in its own dtype; its gradients are averaged by `average_replicated`.
 
-A `Box` is a part of a *plain* tensor, one that a model in a single process has. Weights are read and
-checkpoints written in boxes, so that neither knows how many ranks there are.
+A `Box` is a part of a *plain* tensor, one that a model in a single process has. Weights are read
+and checkpoints written in boxes, so that neither knows how many ranks there are.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -82,13 +82,21 @@ def reduce_gradients(model: nn.Module, now: bool) -> None:
             module.set_requires_gradient_sync(now, recurse=False)
 
 
+def give_back(model: nn.Module) -> None:
+    """Free what has been gathered: after a forward without a backward, the root's is still there,
+    in the place of the parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of it, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def average_replicated(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
-    """Average the gradients of what FSDP does not shard over `mesh`, in one collective per dtype."""
+    """Average the gradients of what `mesh` does not cut over it, in one collective per dtype."""
     gradients: dict[torch.dtype, list[Tensor]] = {}
     for p in parameters:
         if p.grad is not None and not _is_on(p, mesh):
@@ -148,6 +156,7 @@ def boxes(
     Args:
         of: what of a parameter is wanted, of its shape and placement; None skips it.
     """
+    give_back(model)
     parameters = dict(model.named_parameters())
     for plain, pieces in _pieces(model).items():
         found = []
@@ -198,6 +207,7 @@ def whole_tensors(
     model: nn.Module, wanted: Callable[[nn.Parameter], bool]
 ) -> Iterator[tuple[str, Tensor]]:
     """Plain name and value of what is wanted, one after the other; every rank must take part."""
+    give_back(model)
     parameters = dict(model.named_parameters())
     for plain, pieces in _pieces(model).items():
         parts = [parameters[name].detach() for name, _, _ in pieces if wanted(parameters[name])]

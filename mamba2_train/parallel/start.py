@@ -190,7 +190,7 @@ def _to_meta(model: nn.Module) -> None:
     moved: dict[int, nn.Parameter] = {}
     for _, module, key, p in _parameters(model, adapters=False):
         if _is_packed(module, key):
-            module.weight_kind = p.quant_type  # type: ignore[attr-defined, assignment]
+            module.weight_kind = p.quant_type  # type: ignore[attr-defined]
         if id(p) not in moved:
             value = torch.empty(p.shape, dtype=p.dtype, device="meta")
             moved[id(p)] = nn.Parameter(value, requires_grad=p.requires_grad)

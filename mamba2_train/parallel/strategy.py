@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from mamba2_train.parallel import checkpoint as sharded
-from mamba2_train.parallel.shards import reduce_gradients
+from mamba2_train.parallel.shards import give_back, reduce_gradients
 from mamba2_train.parallel.sizes import DATA, TENSOR, Sizes
 
 
@@ -75,6 +75,7 @@ class MeshStrategy(ModelParallelStrategy):
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self.barrier()
+        give_back(self._module)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -91,15 +92,11 @@ class MeshStrategy(ModelParallelStrategy):
         finally:
             reduce_gradients(self.model, True)
 
-    # a checkpoint -------------------------------------------------------------------------------
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return sharded.weights(self.lightning_module)
+        return sharded.weights(self._module)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return sharded.optimizer_state(
-            self.lightning_module, getattr(optimizer, "_optimizer", optimizer)
-        )
+        return sharded.optimizer_state(self._module, getattr(optimizer, "_optimizer", optimizer))
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
@@ -110,7 +107,12 @@ class MeshStrategy(ModelParallelStrategy):
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
         path = Path(self.broadcast(str(checkpoint_path)))
-        return sharded.load(path, self.lightning_module, self.optimizers)
+        return sharded.load(path, self._module, self.optimizers)
+
+    @property
+    def _module(self) -> L.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
 
 
 def data_ranks(trainer: L.Trainer) -> tuple[int, Any]:
