@@ -210,14 +210,17 @@ class Run:
         model = self.module.model
         if mesh_of(model) is None:
             return model if self.adapter is None else self.adapter
-        wanted = (lambda p: p.requires_grad) if self.adapter else (lambda p: True)
         tensors = {}
-        for name, tensor in whole_tensors(model, wanted):
+        for name, tensor in whole_tensors(model, self._made):
             if self.trainer.is_global_zero:
                 tensors[name] = tensor.cpu()
         if not self.trainer.is_global_zero:
             return model
         return self.in_one_piece(tensors)
+
+    def _made(self, p: torch.nn.Parameter) -> torch.Tensor | None:
+        """An adapter is what is trained; a model all there is."""
+        return p.detach() if p.requires_grad or self.adapter is None else None
 
     def _take_best(self) -> dict[str, float]:
         """Leave the best weights in the model; returns their held-out loss and perplexity."""

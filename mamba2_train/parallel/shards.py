@@ -204,14 +204,18 @@ def trained_names(model: nn.Module) -> set[str]:
 
 
 def whole_tensors(
-    model: nn.Module, wanted: Callable[[nn.Parameter], bool]
+    model: nn.Module, of: Callable[[nn.Parameter], Tensor | None] = nn.Parameter.detach
 ) -> Iterator[tuple[str, Tensor]]:
-    """Plain name and value of what is wanted, one after the other; every rank must take part."""
+    """Plain name and all of a tensor, one after the other; every rank must take part.
+
+    Args:
+        of: what of a parameter is wanted, as in `boxes`.
+    """
     give_back(model)
     parameters = dict(model.named_parameters())
     for plain, pieces in _pieces(model).items():
-        parts = [parameters[name].detach() for name, _, _ in pieces if wanted(parameters[name])]
-        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in parts]
+        parts = [value for name, _, _ in pieces if (value := of(parameters[name])) is not None]
+        whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in parts]
         if whole:
             yield plain, torch.cat(whole) if len(whole) > 1 else whole[0]
 
