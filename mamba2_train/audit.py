@@ -5,7 +5,7 @@ the run looks well and has trained a part of what was asked for.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from mamba2_train.adapters import KINDS, kind_of
 from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2LM
+from mamba2_train.parallel.layout import plain_name
 from mamba2_train.parallel.shards import local
 from mamba2_train.quantization import n_elements
 
@@ -59,32 +60,36 @@ def check_gradients(model: nn.Module) -> None:
     LoRA's product is zero at first because one of its factors is, and the gradient of the other
     is then zero too: that one is excused.
     """
-    parameters = dict(model.named_parameters())
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    moving = _any({name: p.grad for name, p in trained.items()})
+    trained: dict[str, list[nn.Parameter]] = defaultdict(list)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            trained[plain_name(name)].append(p)  # a parallel model has some in pieces
+    moving = _any({name: [p.grad for p in parts] for name, parts in trained.items()})
     nonzero = _any(trained)
-    silent = [n for n in trained if not moving[n] and not _is_excused(n, parameters, nonzero)]
+    silent = [name for name in trained if not moving[name]]
+    silent = [name for name in silent if not _is_excused(name, trained, nonzero)]
     if silent:
         raise UserError(
-            f"{len(silent)} of {len(trained)} trained tensors "
-            f"got no gradient in the first step, such as {silent[0]}: the loss does not depend on "
-            f"them, so leave them out of adapter.targets or adapter.train, or freeze them"
+            f"{len(silent)} of {len(trained)} trained tensors got no gradient in the first step, "
+            f"such as {silent[0]}: the loss does not depend on them, so leave them out of "
+            f"adapter.targets or adapter.train, or freeze them"
         )
 
 
-def _any(tensors: Mapping[str, Tensor | None]) -> dict[str, bool]:
+def _any(tensors: Mapping[str, Sequence[Tensor | None]]) -> dict[str, bool]:
     """Whether anything in them is not zero, on whichever rank it is."""
-    found = [t is not None and bool(local(t).any()) for t in tensors.values()]
-    meshes = [t.device_mesh for t in tensors.values() if isinstance(t, DTensor)]
-    if meshes:
-        seen = torch.tensor(found, dtype=torch.int32, device=meshes[0].device_type)
+    found = [any(t is not None and local(t).any() for t in parts) for parts in tensors.values()]
+    every = (t for parts in tensors.values() for t in parts)
+    mesh = next((t.device_mesh for t in every if isinstance(t, DTensor)), None)
+    if mesh is not None:
+        seen = torch.tensor(found, dtype=torch.int32, device=mesh.device_type)
         dist.all_reduce(seen, dist.ReduceOp.MAX)
         found = seen.bool().tolist()
     return dict(zip(tensors, found, strict=True))
 
 
 def _is_excused(
-    name: str, parameters: dict[str, nn.Parameter], nonzero: Mapping[str, bool]
+    name: str, trained: Mapping[str, list[nn.Parameter]], nonzero: Mapping[str, bool]
 ) -> bool:
     other = name
     for mine, partner in (
@@ -95,7 +100,8 @@ def _is_excused(
     ):
         if f".{mine}" in name:
             other = name.replace(f".{mine}", f".{partner}")
-    return other != name and parameters[name].grad is not None and not nonzero[other]
+    has_gradient = all(p.grad is not None for p in trained[name])
+    return other != name and has_gradient and not nonzero.get(other, True)
 
 
 def _holder(name: str) -> str:

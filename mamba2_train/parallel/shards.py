@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from mamba2_train.model import Mamba2LM
+from mamba2_train.parallel.layout import pieces
 
 
 class Box(NamedTuple):
@@ -158,10 +159,10 @@ def boxes(
     """
     give_back(model)
     parameters = dict(model.named_parameters())
-    for plain, pieces in _pieces(model).items():
+    for plain, of_plain in pieces(model).items():
         found = []
-        n_rows = max(stop for _, _, stop in pieces)
-        for name, start, _ in pieces:
+        n_rows = max(stop for _, _, stop in of_plain)
+        for name, start, _ in of_plain:
             p = parameters[name]
             value = of(p)
             if value is None:
@@ -193,11 +194,6 @@ def local_extent(p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(offsets), tuple(sizes)
 
 
-def plain_name(name: str) -> str:
-    """Of a parameter in a checkpoint: adapters put a `base_layer` into its path."""
-    return name.replace(".base_layer.", ".")
-
-
 def trained_names(model: nn.Module) -> set[str]:
     """Plain names of what is trained."""
     return {name for name, _ in boxes(model, lambda p: p if p.requires_grad else None)}
@@ -213,8 +209,8 @@ def whole_tensors(
     """
     give_back(model)
     parameters = dict(model.named_parameters())
-    for plain, pieces in _pieces(model).items():
-        parts = [value for name, _, _ in pieces if (value := of(parameters[name])) is not None]
+    for plain, of_plain in pieces(model).items():
+        parts = [value for name, _, _ in of_plain if (value := of(parameters[name])) is not None]
         whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in parts]
         if whole:
             yield plain, torch.cat(whole) if len(whole) > 1 else whole[0]
@@ -252,14 +248,6 @@ def _cut_over(tensor: Tensor) -> set[str]:
         return set()
     names = tensor.device_mesh.mesh_dim_names or ()
     return {n for n, p in zip(names, tensor.placements, strict=True) if p.is_shard()}
-
-
-def _pieces(model: nn.Module) -> dict[str, list[tuple[str, int, int]]]:
-    """Plain name -> (name, first row, end) of the parameters that make it up."""
-    return {
-        plain_name(name): [(name, 0, p.shape[0] if p.dim() else 1)]
-        for name, p in model.named_parameters()
-    }
 
 
 def _is_on(p: Tensor, mesh: DeviceMesh) -> bool:

@@ -9,6 +9,7 @@ So the peak of a rank is its share of the model, the adapters, and one tensor.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from mamba2_train.checkpoint import StoredWeights, kept_dtype
 from mamba2_train.model import Mamba2Config, Mamba2LM, initial_weights
-from mamba2_train.parallel.shards import boxes, local_extent, plain_name, shard
+from mamba2_train.parallel.layout import plain_name
+from mamba2_train.parallel.shards import boxes, local_extent, shard
 from mamba2_train.parallel.sizes import DATA, TENSOR
 from mamba2_train.quantization import (
     Quantization,
@@ -65,15 +67,15 @@ def sharded_model(
     peft_model = adapt(model)
     _to_meta(model)
     mesh = sharding.mesh
+    device = torch.device(mesh.device_type)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
     if mesh[TENSOR].size() > 1:
         from mamba2_train.parallel.tensor_parallel import parallelize
 
-        parallelize(model, mesh[TENSOR])
-    device = mesh.device_type
-    if device == "cuda":
-        device = f"cuda:{torch.cuda.current_device()}"
+        parallelize(model, mesh[TENSOR], before_block=partial(_quantize, model, source, device))
     shard(model, mesh[DATA], products=sharding.products, cpu_offload=sharding.cpu_offload)
-    read_weights(model, source, beside or {}, torch.device(device), sharding.cpu_offload)
+    read_weights(model, source, beside or {}, device, sharding.cpu_offload)
     return model, peft_model
 
 
@@ -114,9 +116,10 @@ def read_weights(
         if len(places[id(p)]) > 1:
             continue
         name = plain_of(path, key)
-        region = box_of[id(p)].region
         if _is_packed(module, key):  # its blocks share a scale of their scales
-            region = (slice(0, module.out_features), slice(0, module.in_features))
+            region: Region = (slice(0, module.out_features), slice(0, module.in_features))
+        else:
+            region = box_of[id(p)].region
         of_plain.setdefault(name, []).append(p)
         regions.setdefault(name, []).append(region)
     for name, parts in source(regions):
@@ -155,7 +158,21 @@ def drawn(shape: Mamba2Config, seed: int) -> Source:
 
 def plain_of(path: str, key: str) -> str:
     """Name of a parameter in a checkpoint."""
-    return plain_name(f"{path}.{key}")
+    return plain_name(f"{path}.{key}").replace(".base_layer.", ".")
+
+
+def _quantize(model: nn.Module, source: Source, device: torch.device, block: nn.Module) -> None:
+    """Give a block its quantized weights, of which tensor parallelism will keep a part."""
+    for path, module in model.named_modules():
+        if not is_quantized_layer(module) or all(module is not m for m in block.modules()):
+            continue
+        name, p = plain_of(path, "weight"), module._parameters["weight"]
+        assert p is not None
+        whole = (slice(0, module.out_features), slice(0, module.in_features))  # type: ignore[arg-type]
+        _, (weight,) = next(source({name: [whole]}))
+        packed = nn.Parameter(_packed(module, p, weight, device, device), requires_grad=False)
+        packed.quant_state = module.quant_state  # type: ignore[attr-defined]
+        module._parameters["weight"] = packed
 
 
 def _is_packed(module: nn.Module, key: str) -> bool:
