@@ -19,7 +19,7 @@ from torch import nn
 from mamba2_train.errors import UserError
 from mamba2_train.parallel.checkpoint import META, read_meta
 from mamba2_train.parallel.checkpoint import is_whole as is_whole_folder
-from mamba2_train.parallel.shards import boxes, is_first_holder, summed_over_ranks
+from mamba2_train.parallel.shards import boxes, is_first_holder, local, summed_over_ranks
 from mamba2_train.saving import CHECKPOINTS, RUN, checkpoints_in, step_of
 from mamba2_train.schema import TrainConfig
 from mamba2_train.tracking import CSV_FOLDER, agreed, run_stamp
@@ -238,8 +238,8 @@ def _checkpoints(run: Path) -> list[Path]:
 
 
 def _fingerprint(model: nn.Module) -> list[int]:
-    """Two checksums: of every tensor's name, shape and dtype, and of the values that are not
-    trained, the scales of quantized weights among them: the others are in the checkpoint.
+    """Two checksums: of the names, shapes and dtypes of all tensors but quantized ones, and of the
+    values that are not trained: the others are in the checkpoint.
 
     The second is a sum over elements, so that ranks that hold parts of a tensor come to the same
     as a process that holds all of it.
@@ -251,11 +251,9 @@ def _fingerprint(model: nn.Module) -> list[int]:
             described = zlib.crc32(f"{name} {tuple(box.size)} {p.dtype}".encode(), described)
             if not p.requires_grad and is_first_holder(model, p):
                 values += _sum_of_bits(name, box.local, box.offsets)
-    for name, module in model.named_modules():
-        state = getattr(module, "quant_state", None)
-        for key, tensor in (state.as_dict() if state is not None else {}).items():
-            if isinstance(tensor, torch.Tensor) and is_first_holder(model, tensor):
-                values += _sum_of_bits(f"{name}.{key}", tensor, (0,) * tensor.dim())
+    for p in model.parameters():
+        if not p.is_floating_point() and is_first_holder(model, p):
+            values += local(p.detach()).sum(dtype=torch.int64).cpu()  # in any rank's order
     return [described, int(summed_over_ranks(model, values))]
 
 

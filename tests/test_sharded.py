@@ -59,11 +59,21 @@ def folder(tmp_path_factory, small_config, random_model):
 
 @pytest.fixture(scope="module")
 def sharded(folder):
-    """Results by case, of two ranks."""
-    cases = [*CASES, *BROKEN]
-    launch(2, [HERE / "sharded_steps.py"], folder, *cases, "memory")
-    found = {case: torch.load(folder / f"{case}.pt") for case in cases}
-    return found | {"memory": torch.load(folder / "memory.pt")}
+    """Results by case, of two ranks that share the rows."""
+    return results(folder, "2x1", *CASES, *BROKEN, "memory")
+
+
+@pytest.fixture(scope="module", params=["1x2", "2x2"])
+def split(folder, request):
+    """Results by case, of two ranks that share the heads, and of two times two."""
+    return results(folder, request.param, *CASES)
+
+
+def results(folder, sizes, *cases):
+    data, tensor = map(int, sizes.split("x"))
+    launch(data * tensor, [HERE / "sharded_steps.py"], folder, sizes, *cases)
+    files = {case: folder / f"{sizes}-{case}.pt" for case in cases}
+    return {c: torch.load(f if f.exists() else folder / f"{c}.pt") for c, f in files.items()}
 
 
 def truth(folder, case):
@@ -112,6 +122,11 @@ def test_two_ranks_equal_one_process(folder, sharded, case):
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6 if double else 1e-5)
     assert error(ours["gradients"], theirs["gradients"]) < (1e-10 if double else 1e-5)
     assert error(ours["weights"], theirs["weights"]) < (1e-10 if double else 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_split_heads_equal_one_process(folder, split, case):
+    test_two_ranks_equal_one_process(folder, split, case)
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -119,6 +119,10 @@ def choose_strategy(config: TrainConfig, shape: Mamba2Config) -> str | MeshStrat
         devices = torch.cuda.device_count() if cuda else 1
     assert isinstance(devices, int)
     sizes = mesh_sizes(s, shape, world=devices * num_nodes, local=devices)
+    if sizes.tensor > 1:
+        from mamba2_train.parallel.tensor_parallel import check_divisible
+
+        check_divisible(shape, sizes.tensor, in_4bit=config.quantization.stored is not None)
     return MeshStrategy(sizes, reduce_each_batch=s.reduce_each_batch, cpu_offload=s.cpu_offload)
 
 

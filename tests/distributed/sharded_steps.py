@@ -1,10 +1,10 @@
 """Six steps under a strategy that shards, by two ranks with unequal numbers of tokens.
 
-    torchrun --nproc-per-node 2 sharded_steps.py FOLDER CASE...
+    torchrun --nproc-per-node 2 sharded_steps.py FOLDER DATAxTENSOR CASE...
 
 FOLDER holds checkpoints `float32` and `float64` and, for `memory`, `large`; the results of a case
-go to FOLDER/CASE.pt. A case is VARIANT-DTYPE[-BROKEN]; see `main`. Run by tests/test_sharded.py,
-which takes `batches` and `adapt` from here too.
+go to FOLDER/DATAxTENSOR-CASE.pt. A case is VARIANT-DTYPE[-BROKEN]; see `run`. Run by
+tests/test_sharded.py, which takes `batches` and `adapt` from here too.
 """
 
 import os
@@ -94,9 +94,9 @@ def build(folder, variant, dtype, strategy, source="float32"):
     )
 
 
-def run(folder, case):
+def run(folder, sizes, case):
     variant, dtype, broken = (*case.split("-"), "")[:3]
-    strategy = MeshStrategy(Sizes(int(os.environ["WORLD_SIZE"]), 1))
+    strategy = MeshStrategy(sizes)
     kind = MeanOfMeans if broken == "means" else Recorded
     average = training.average_replicated
     if broken == "unreduced":
@@ -124,13 +124,19 @@ def run(folder, case):
         SchedulerConfig(kind="constant", warmup_fraction=0.0, min_lr_fraction=1.0),
         total_steps=STEPS,
     )
-    mine = batches()[dist.get_rank() :: dist.get_world_size()]
+    ranks = strategy.distributed_sampler_kwargs
+    share = 2 // ranks["num_replicas"]  # of the two batches that are seen at once
+    everything = batches()
+    mine = [
+        {key: torch.cat([b[key] for b in everything[i : i + share]]) for key in everything[0]}
+        for i in range(ranks["rank"] * share, len(everything), 2)
+    ]
     trainer.fit(module, torch.utils.data.DataLoader(mine, batch_size=None))
     training.average_replicated = average
     weights = dict(whole_tensors(model, lambda p: p.detach() if p.requires_grad else None))
     found = {"losses": module.losses, "gradients": module.gradients, "weights": weights}
     if dist.get_rank() == 0:
-        torch.save(found, folder / f"{case}.pt")
+        torch.save(found, folder / f"{sizes.data}x{sizes.tensor}-{case}.pt")
 
 
 def measure(folder):
@@ -157,8 +163,9 @@ def _status(key):
 
 def main():
     folder = Path(sys.argv[1])
-    for case in sys.argv[2:]:
-        measure(folder) if case == "memory" else run(folder, case)
+    sizes = Sizes(*map(int, sys.argv[2].split("x")))
+    for case in sys.argv[3:]:
+        measure(folder) if case == "memory" else run(folder, sizes, case)
     dist.barrier()
     dist.destroy_process_group()
 
