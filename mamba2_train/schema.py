@@ -489,8 +489,14 @@ class GenerateConfig(Group):
 class ExportConfig(Group):
     """A run of `mamba2-export`."""
 
-    checkpoint: str | list[str] = Field(description="as of mamba2-generate")
+    checkpoint: str | list[str] = Field(
+        description="as of mamba2-generate; or a checkpoint of a run, RUN/checkpoints/step-N"
+    )
     out: Path = Field(description="folder to write")
+    layout: Literal["huggingface", "state-spaces"] = "huggingface"
+    merge: bool = Field(
+        default=True, description="false: write the adapter in a run's checkpoint, for peft"
+    )
     quantization: QuantizationConfig = Field(
         description="of the base that the adapter was trained over: its values are merged into"
     )

@@ -7,6 +7,7 @@ clipping, AdamW. The ranks run tests/distributed/sharded_steps.py under torchrun
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,14 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from mamba2_train.adapters import load_adapter
 from mamba2_train.assets import FOLDER
 from mamba2_train.checkpoint import load_pretrained, save_pretrained
+from mamba2_train.commands import extend_hydra
 from mamba2_train.data.tokenizer import load_tokenizer, save_tokenizer
+from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2Config, Mamba2LM, initialize
 from mamba2_train.optim import build_optimizer
 from mamba2_train.parallel.checkpoint import is_whole, load_whole
+from mamba2_train.parallel.sizes import mesh_sizes
+from mamba2_train.schema import StrategyConfig, TrainConfig, validated
 
 HERE = Path(__file__).parent / "distributed"
 BIN = Path(sys.executable).parent
@@ -264,3 +271,71 @@ def test_a_damaged_folder_is_seen(runs, tmp_path):
         (copy / name).write_bytes(content)
         assert not is_whole(copy), name
         shutil.rmtree(copy)
+
+
+def test_a_checkpoint_of_two_ranks_is_exported(runs):
+    """As an adapter, the one that the run has written at its end; and merged, in either layout."""
+    best = json.loads((runs / "two" / "result.json").read_text()).get("best_step", 6)
+    path = f"checkpoint=two/checkpoints/step-{best:08d}"
+    command(runs, "mamba2-export", path, "merge=false", "out=adapter")
+    for name in ("adapter_model.safetensors", "trained_in_full.safetensors"):
+        assert (runs / "adapter" / name).read_bytes() == (
+            runs / "two" / "adapter" / name
+        ).read_bytes()
+    command(runs, "mamba2-export", "checkpoint=two", "out=from_adapter")
+    expected = load_pretrained(runs / "from_adapter").state_dict()
+    for layout in ("huggingface", "state-spaces"):
+        command(runs, "mamba2-export", path, f"layout={layout}", f"out={layout}")
+        ours = load_pretrained(runs / layout).state_dict()
+        assert all(torch.equal(ours[name], w) for name, w in expected.items())
+
+
+# of a model with 8 heads: strategy, processes of one node, and the cure
+MISTAKES = {
+    "fsdp_tp data_size=3 tensor_size=2, 4": "data_size=2 strategy.tensor_size=2",
+    "fsdp_tp tensor_size=3, 6": "data_size=3 strategy.tensor_size=2",
+    "tp, 3": "use strategy=fsdp",
+    "fsdp tensor_size=2, 2": "use strategy=fsdp_tp",
+    "tp data_size=2, 2": "use strategy=fsdp_tp",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_sizes_that_do_not_fit_are_refused(small_config, mistake):
+    settings, n = mistake.split(", ")
+    kind, *sizes = settings.split()
+    values = {key: int(size) for key, size in (s.split("=") for s in sizes)}
+    strategy = StrategyConfig(kind=kind, **values)
+    shape = small_config()
+    with pytest.raises(UserError, match=re.escape(MISTAKES[mistake])):
+        mesh_sizes(strategy, shape, world=int(n), local=int(n))
+
+
+def test_sizes_are_filled_in(small_config):
+    def sizes(world, local, kind, **given):
+        return mesh_sizes(StrategyConfig(kind=kind, **given), small_config(), world, local)
+
+    assert sizes(16, 8, "fsdp") == (16, 1)
+    assert sizes(8, 8, "tp") == (1, 8)
+    assert sizes(16, 8, "fsdp_tp") == (2, 8)
+    assert sizes(16, 8, "fsdp_tp", tensor_size=2) == (8, 2)
+    assert sizes(16, 8, "fsdp_tp", data_size=4) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cure"),
+    [
+        (["optimizer=adamw_8bit"], "use optimizer=adamw"),
+        (["optimizer=muon"], "use optimizer=adamw"),
+        (["quantization=int8", "precision=bf16"], "quantization=nf4, or strategy=ddp"),
+        (["adapter.dora=true"], "strategy=ddp"),
+        (["adapter.init=pissa"], "strategy=ddp"),
+        (["strategy=ddp", "+strategy.tensor_size=2"], "use strategy=fsdp"),
+    ],
+)
+def test_pairs_that_do_not_work_are_refused(overrides, cure):
+    extend_hydra()
+    with initialize_config_module("mamba2_configs", version_base="1.3"):
+        composed = compose("train", ["strategy=fsdp", *overrides])
+    with pytest.raises(UserError, match=cure):
+        validated(TrainConfig, OmegaConf.to_container(composed, resolve=True))

@@ -168,7 +168,7 @@ def _quantize(model: nn.Module, source: Source, device: torch.device, block: nn.
             continue
         name, p = plain_of(path, "weight"), module._parameters["weight"]
         assert p is not None
-        whole = (slice(0, module.out_features), slice(0, module.in_features))  # type: ignore[arg-type]
+        whole = (slice(0, module.out_features), slice(0, module.in_features))
         _, (weight,) = next(source({name: [whole]}))
         packed = nn.Parameter(_packed(module, p, weight, device, device), requires_grad=False)
         packed.quant_state = module.quant_state  # type: ignore[attr-defined]
