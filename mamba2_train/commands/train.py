@@ -35,7 +35,8 @@ from mamba2_train.data.tokenizer import load_tokenizer
 from mamba2_train.errors import UserError
 from mamba2_train.model import PRESETS, Mamba2Config, Mamba2LM, initialize
 from mamba2_train.module import Mamba2Module
-from mamba2_train.parallel.sizes import mesh_sizes
+from mamba2_train.parallel.dry_run import dry_run
+from mamba2_train.parallel.sizes import Sizes, mesh_sizes
 from mamba2_train.parallel.start import Sharding, drawn, sharded_model, stored, weightless
 from mamba2_train.parallel.strategy import MeshStrategy, data_ranks
 from mamba2_train.resume import identity, locate, read_start
@@ -57,6 +58,9 @@ def main(config: TrainConfig) -> None:
     shape = model_shape(config)
     strategy = choose_strategy(config, shape)
     check_adapter(config, shape)
+    if isinstance(strategy, Sizes):
+        announce_dry_run(config, shape, strategy)
+        return
     tokenizer = load_tokenizer(
         resolve(config.model.tokenizer or config.model.source or ""),
         revision=config.model.revision if config.model.tokenizer is None else None,
@@ -108,12 +112,17 @@ def model_shape(config: TrainConfig) -> Mamba2Config:
     return PRESETS[config.model.preset]
 
 
-def choose_strategy(config: TrainConfig, shape: Mamba2Config) -> str | MeshStrategy:
-    """Lightning's name of a strategy, or ours, with sizes that processes and model allow."""
+def choose_strategy(config: TrainConfig, shape: Mamba2Config) -> str | MeshStrategy | Sizes:
+    """Lightning's name of a strategy, or ours, with sizes that processes and model allow.
+
+    Of a dry run the sizes alone."""
     s = config.strategy
     if not s.shards:
         return "ddp" if s.kind == "ddp" else "auto"
     devices, num_nodes = _processes(s)
+    asked = (s.data_size, s.tensor_size)
+    if s.dry_run and devices == "auto" and "auto" not in asked:
+        devices = asked[0] * asked[1]  # type: ignore[assignment, operator]
     if devices == "auto":
         cuda = torch.cuda.is_available() and s.accelerator != "cpu"
         devices = torch.cuda.device_count() if cuda else 1
@@ -123,7 +132,28 @@ def choose_strategy(config: TrainConfig, shape: Mamba2Config) -> str | MeshStrat
         from mamba2_train.parallel.tensor_parallel import check_divisible
 
         check_divisible(shape, sizes.tensor, in_4bit=config.quantization.stored is not None)
+    if s.dry_run:
+        return sizes
     return MeshStrategy(sizes, reduce_each_batch=s.reduce_each_batch, cpu_offload=s.cpu_offload)
+
+
+def announce_dry_run(config: TrainConfig, shape: Mamba2Config, sizes: Sizes) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    table, lines = dry_run(
+        shape,
+        sizes,
+        partial(adapt, config=config),
+        dtype=DTYPES[config.precision.weights],
+        quantization=config.quantization.stored,
+        products=torch.bfloat16 if config.precision.autocast else None,
+        n_tokens=config.data.batch_size * config.data.seq_len,
+        accumulate=config.trainer.accumulate,
+        reduce_each_batch=config.strategy.reduce_each_batch,
+    )
+    console.print(table)
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def build(

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 from mamba2_train.model import Mamba2LM
 from mamba2_train.parallel.layout import pieces
@@ -185,13 +185,18 @@ def local_extent(p: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     offsets, sizes = [0] * p.dim(), list(p.shape)
     if isinstance(p, DTensor):
         for i in reversed(range(p.device_mesh.ndim)):
-            placement: Any = p.placements[i]
-            if placement.is_shard():
-                each = -(-sizes[placement.dim] // p.device_mesh.size(i))
-                start = min(each * p.device_mesh.get_local_rank(i), sizes[placement.dim])
-                offsets[placement.dim] += start
-                sizes[placement.dim] = min(each, sizes[placement.dim] - start)
+            if (dim := cut_dim(p.placements[i])) is not None:
+                each = -(-sizes[dim] // p.device_mesh.size(i))
+                start = min(each * p.device_mesh.get_local_rank(i), sizes[dim])
+                offsets[dim] += start
+                sizes[dim] = min(each, sizes[dim] - start)
     return tuple(offsets), tuple(sizes)
+
+
+def cut_dim(placement: Placement) -> int | None:
+    """That is cut over a dimension of the mesh. FSDP's, of rows that tensor parallelism has cut
+    too, is no `is_shard()`."""
+    return getattr(placement, "dim", None)
 
 
 def trained_names(model: nn.Module) -> set[str]:
@@ -247,7 +252,8 @@ def _cut_over(tensor: Tensor) -> set[str]:
     if not isinstance(tensor, DTensor):
         return set()
     names = tensor.device_mesh.mesh_dim_names or ()
-    return {n for n, p in zip(names, tensor.placements, strict=True) if p.is_shard()}
+    places = zip(names, tensor.placements, strict=True)
+    return {name for name, placement in places if cut_dim(placement) is not None}
 
 
 def _is_on(p: Tensor, mesh: DeviceMesh) -> bool:
