@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from mamba2_train.errors import UserError, nearest
 from mamba2_train.model import Mamba2LM
+from mamba2_train.parallel.layout import plain_name
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 IN_FULL_FILE = "trained_in_full.safetensors"
@@ -288,7 +289,7 @@ def only_merged(peft_model: PeftModel) -> list[str]:
 
 def kind_of(name: str) -> str:
     """Which part of a model a parameter, or an adapter on it, belongs to: one of KINDS."""
-    parts = ["norm" if part == "norm_f" else part for part in name.split(".")]
+    parts = ["norm" if part == "norm_f" else part for part in plain_name(name).split(".")]
     return next(part for part in parts if part in KINDS)
 
 

@@ -106,7 +106,7 @@ def _is_excused(
 
 def _holder(name: str) -> str:
     """The module that a parameter or its adapter is in; A_log and its like stand for themselves."""
-    before = name.split(".lora_")[0].replace(".base_layer", "")
+    before = plain_name(name).split(".lora_")[0].replace(".base_layer", "")
     return before.removesuffix(".weight").removesuffix(".bias")
 
 

@@ -122,7 +122,7 @@ def choose_strategy(config: TrainConfig, shape: Mamba2Config) -> str | MeshStrat
     devices, num_nodes = _processes(s)
     asked = (s.data_size, s.tensor_size)
     if s.dry_run and devices == "auto" and "auto" not in asked:
-        devices = asked[0] * asked[1]  # type: ignore[assignment, operator]
+        devices = asked[0] * asked[1]  # type: ignore[operator]
     if devices == "auto":
         cuda = torch.cuda.is_available() and s.accelerator != "cpu"
         devices = torch.cuda.device_count() if cuda else 1

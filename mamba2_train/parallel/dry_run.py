@@ -6,6 +6,7 @@ of a rank is what the first rank would hold.
 """
 
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -17,7 +18,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from mamba2_train.adapters import KINDS, kind_of
 from mamba2_train.model import Mamba2Config, Mamba2LM
 from mamba2_train.parallel.shards import cut_dim, local_extent, shard
 from mamba2_train.parallel.sizes import DATA, TENSOR, Sizes
@@ -122,25 +122,26 @@ def wire_bytes(
 
 
 def _placements(model: nn.Module) -> Table:
-    """How parameters of a kind and shape lie on the mesh."""
-    rows: dict[tuple[str, ...], int] = defaultdict(int)
+    """How parameters lie on the mesh, those of all blocks together; `data 0` cuts the rows."""
+    rows: dict[tuple[str, str, str, str, str], int] = defaultdict(int)
     for name, p in model.named_parameters():
-        end = ".".join(name.replace(".base_layer", "").split(".")[-2:])
+        name = re.sub(r"^.*layers\.\d+\.", "layers.*.", name.replace(".base_layer", ""))
         where = "whole"
         if isinstance(p, DTensor):
             names = p.device_mesh.mesh_dim_names or ()
             cut = [
-                f"dim {cut_dim(p.placements[i])} over {n}"
+                f"{n} {cut_dim(p.placements[i])}"
                 for i, n in enumerate(names)
                 if cut_dim(p.placements[i]) is not None and p.device_mesh.size(i) > 1
             ]
             where = ", ".join(cut) or "whole"
-        here = local_extent(p)[1]
-        dtype = str(p.dtype).removeprefix("torch.")
-        key = (kind_of(name), end, str(list(p.shape)), str(list(here)), where, dtype)
-        rows[key] += 1
-    table = Table("", "", "shape", "on a rank", "cut", "", "", box=None, padding=(0, 2, 0, 0))
-    for key, n in sorted(rows.items(), key=lambda row: KINDS.index(row[0][0])):
+        here = "x".join(map(str, local_extent(p)[1]))
+        whole = "x".join(map(str, p.shape))
+        rows[name, whole, here, where, str(p.dtype).removeprefix("torch.")] += 1
+    table = Table("", "shape", "on a rank", "cut", "", "", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns:
+        column.no_wrap, column.overflow = True, "fold"
+    for key, n in rows.items():
         table.add_row(*key, f"x {n}" if n > 1 else "")
     return table
 
