@@ -28,7 +28,8 @@ from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2Config, Mamba2LM, initialize
 from mamba2_train.optim import build_optimizer
 from mamba2_train.parallel.checkpoint import is_whole, load_whole
-from mamba2_train.parallel.sizes import mesh_sizes
+from mamba2_train.parallel.dry_run import dry_run
+from mamba2_train.parallel.sizes import Sizes, mesh_sizes
 from mamba2_train.schema import StrategyConfig, TrainConfig, validated
 
 HERE = Path(__file__).parent / "distributed"
@@ -339,3 +340,22 @@ def test_pairs_that_do_not_work_are_refused(overrides, cure):
         composed = compose("train", ["strategy=fsdp", *overrides])
     with pytest.raises(UserError, match=cure):
         validated(TrainConfig, OmegaConf.to_container(composed, resolve=True))
+
+
+def test_a_dry_run_tells_what_a_rank_holds(sharded):
+    """Without processes or weights: as many bytes as were counted on a rank that had them."""
+    table, lines = dry_run(
+        Mamba2Config(d_model=1024, n_layers=8, vocab_size=4096),
+        Sizes(2, 1),
+        lambda model: None,
+        dtype=torch.float32,
+        quantization=None,
+        products=None,
+        n_tokens=256,
+        accumulate=1,
+        reduce_each_batch=False,
+    )
+    _, held = sharded["memory"][0]
+    assert f"weights {held / 1e6:.3g} MB" in lines[1]
+    assert table.row_count == 11  # embeddings, norms, and what a block has
+    assert not torch.distributed.is_initialized()
