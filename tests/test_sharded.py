@@ -331,7 +331,7 @@ def test_sizes_are_filled_in(small_config):
         (["quantization=int8", "precision=bf16"], "quantization=nf4, or strategy=ddp"),
         (["adapter.dora=true"], "strategy=ddp"),
         (["adapter.init=pissa"], "strategy=ddp"),
-        (["strategy=ddp", "+strategy.tensor_size=2"], "use strategy=fsdp"),
+        (["strategy=ddp", "strategy.tensor_size=2"], "use strategy=fsdp"),
     ],
 )
 def test_pairs_that_do_not_work_are_refused(overrides, cure):
