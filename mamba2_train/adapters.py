@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from mamba2_train.errors import UserError, nearest
 from mamba2_train.model import Mamba2LM
+from mamba2_train.parallel.layout import plain_name
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 IN_FULL_FILE = "trained_in_full.safetensors"
@@ -224,7 +225,7 @@ def load_adapter(model: Mamba2LM, *folders: str | Path, trainable: bool = False)
             else:
                 peft_model.add_adapter(names[-1], config)
         _set_weights(peft_model, folder, names[-1])
-        beside = _read_in_full(folder)
+        beside = read_in_full(folder)
         if both := in_full.keys() & beside.keys():
             raise UserError(
                 f"{folder} and another adapter have each trained {min(both)} in full: merge one "
@@ -292,7 +293,7 @@ def only_merged(peft_model: PeftModel) -> list[str]:
 
 def kind_of(name: str) -> str:
     """Which part of a model a parameter, or an adapter on it, belongs to: one of KINDS."""
-    parts = ["norm" if part == "norm_f" else part for part in name.split(".")]
+    parts = ["norm" if part == "norm_f" else part for part in plain_name(name).split(".")]
     return next(part for part in parts if part in KINDS)
 
 
@@ -394,7 +395,8 @@ def _write(tensors: dict[str, Tensor], file: Path) -> None:
     safetensors.torch.save_file(dense, file, metadata={"format": "pt"})
 
 
-def _read_in_full(folder: str | Path) -> dict[str, Tensor]:
+def read_in_full(folder: str | Path) -> dict[str, Tensor]:
+    """What was trained in full beside an adapter, by the names of the checkpoint."""
     file = Path(folder) / IN_FULL_FILE
     return safetensors.torch.load_file(file) if file.is_file() else {}
 

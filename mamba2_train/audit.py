@@ -5,17 +5,20 @@ the run looks well and has trained a part of what was asked for.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
+import torch
+import torch.distributed as dist
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mamba2_train.adapters import KINDS, kind_of
 from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2LM
 from mamba2_train.parallel.layout import plain_name
+from mamba2_train.parallel.shards import local
 from mamba2_train.quantization import n_elements
-
-Parts = dict[str, list[nn.Parameter]]
 
 
 def coverage(model: Mamba2LM) -> Table:
@@ -57,16 +60,14 @@ def check_gradients(model: nn.Module) -> None:
     LoRA's product is zero at first because one of its factors is, and the gradient of the other
     is then zero too: that one is excused.
     """
-    parameters: Parts = defaultdict(list)
+    trained: dict[str, list[nn.Parameter]] = defaultdict(list)
     for name, p in model.named_parameters():
-        parameters[plain_name(name)].append(p)  # a parallel model has some in pieces
-    trained = {name: parts for name, parts in parameters.items() if parts[0].requires_grad}
-    silent = [
-        name
-        for name, parts in trained.items()
-        if not any(p.grad is not None and p.grad.any() for p in parts)
-    ]
-    silent = [name for name in silent if not _is_excused(name, parameters)]
+        if p.requires_grad:
+            trained[plain_name(name)].append(p)  # a parallel model has some in pieces
+    moving = _any({name: [p.grad for p in parts] for name, parts in trained.items()})
+    nonzero = _any(trained)
+    silent = [name for name in trained if not moving[name]]
+    silent = [name for name in silent if not _is_excused(name, trained, nonzero)]
     if silent:
         raise UserError(
             f"{len(silent)} of {len(trained)} trained tensors got no gradient in the first step, "
@@ -75,7 +76,21 @@ def check_gradients(model: nn.Module) -> None:
         )
 
 
-def _is_excused(name: str, parameters: Parts) -> bool:
+def _any(tensors: Mapping[str, Sequence[Tensor | None]]) -> dict[str, bool]:
+    """Whether anything in them is not zero, on whichever rank it is."""
+    found = [any(t is not None and local(t).any() for t in parts) for parts in tensors.values()]
+    every = (t for parts in tensors.values() for t in parts)
+    mesh = next((t.device_mesh for t in every if isinstance(t, DTensor)), None)
+    if mesh is not None:
+        seen = torch.tensor(found, dtype=torch.int32, device=mesh.device_type)
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        found = seen.bool().tolist()
+    return dict(zip(tensors, found, strict=True))
+
+
+def _is_excused(
+    name: str, trained: Mapping[str, list[nn.Parameter]], nonzero: Mapping[str, bool]
+) -> bool:
     other = name
     for mine, partner in (
         ("lora_A.", "lora_B."),
@@ -85,13 +100,13 @@ def _is_excused(name: str, parameters: Parts) -> bool:
     ):
         if f".{mine}" in name:
             other = name.replace(f".{mine}", f".{partner}")
-    has_gradient = all(p.grad is not None for p in parameters[name])
-    return other != name and has_gradient and not any(p.any() for p in parameters[other])
+    has_gradient = all(p.grad is not None for p in trained[name])
+    return other != name and has_gradient and not nonzero.get(other, True)
 
 
 def _holder(name: str) -> str:
     """The module that a parameter or its adapter is in; A_log and its like stand for themselves."""
-    before = name.split(".lora_")[0].replace(".base_layer", "")
+    before = plain_name(name).split(".lora_")[0].replace(".base_layer", "")
     return before.removesuffix(".weight").removesuffix(".bias")
 
 

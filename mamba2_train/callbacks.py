@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 from torch import Tensor
 
 from mamba2_train.model import Mamba2LM, flops_per_token
+from mamba2_train.parallel.strategy import data_ranks
 from mamba2_train.schema import TrainConfig
 
 GIB = 1024**3
@@ -118,12 +119,13 @@ class Throughput(Callback):
         self._pause(trainer)
         local = [float(self.tokens), float(self.slots), self.waited]
         total = torch.tensor(local, dtype=torch.float64, device=module.device)
-        tokens, slots, waited = trainer.strategy.reduce(total, reduce_op="sum").tolist()
+        ranks, group = data_ranks(trainer)
+        tokens, slots, waited = trainer.strategy.reduce(total, group, reduce_op="sum").tolist()
         peak = torch.tensor(peak_memory(module.device), device=module.device)
         highest = trainer.strategy.reduce(peak, reduce_op="max")
         metrics = {
             "perf/packing_efficiency": tokens / slots,
-            "perf/loader_wait": waited / (self.seconds * trainer.world_size),
+            "perf/loader_wait": waited / (self.seconds * ranks),
             "perf/tokens_per_sec": tokens / self.seconds,
             "perf/step_seconds": self.seconds / self.steps,
             "perf/peak_mem_gib": float(highest) / GIB,

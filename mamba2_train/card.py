@@ -46,7 +46,8 @@ def _about(run: dict[str, Any], recipe: str | None) -> list[str]:
 
 def _run_of(source: str) -> tuple[dict[str, Any], str | None] | None:
     """What a finished run has recorded, and its configuration; None where no run made this."""
-    for folder in (Path(source), Path(source).parent):  # a run, or its adapter or model
+    path = Path(source)
+    for folder in (path, *path.parents[:2]):  # a run, its adapter or model, its checkpoints/step-N
         if (file := folder / "result.json").is_file():
             recipe = folder / "config.yaml"
             text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None

@@ -23,7 +23,7 @@ import huggingface_hub
 import safetensors.torch
 import torch
 from huggingface_hub import errors as hub
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mamba2_train.errors import UserError, nearest
@@ -87,20 +87,9 @@ def load_pretrained(
     Raises:
         UserError: nothing there, a model that is not Mamba2, or weights that do not fit its config.
     """
-    folder, config, files = _find(path_or_id, revision)
-    stored: dict[str, Tensor] = {}
-    for file in files:
-        stored |= {our_name(name): tensor for name, tensor in _map(file).items()}
-    if config.tie_embeddings:
-        _drop_tied_head(stored, folder)
+    config, stored = _stored(path_or_id, revision)
     with torch.device("meta"):
         model = Mamba2LM(config)
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if misfit := _misfit(expected, stored):
-        raise UserError(
-            f"{folder}: the weights do not fit the config: {misfit}; check that both belong to "
-            f"the same model"
-        )
     weights = {}
     for name in list(stored):  # file by file
         tensor = stored.pop(name)
@@ -108,14 +97,46 @@ def load_pretrained(
         if quantization is not None and is_quantized(name):
             quantize(model, name, tensor, quantization, dtype=wanted, device=device)
             continue
-        if name.rpartition(".")[2] in _FLOAT32:
-            wanted = torch.promote_types(wanted, torch.float32)
+        wanted = kept_dtype(name, wanted)
         # a copy even where nothing changes: aligned, and independent of the file
         dense = torch.contiguous_format
         weights[name] = tensor.to(device or "cpu", wanted, copy=True, memory_format=dense)
     model.load_state_dict(weights, assign=True, strict=False)
     model.tie_weights()
     return model
+
+
+class StoredWeights:
+    """The weights of a checkpoint by our names, of which parts are read when they are asked for.
+
+    A file is mapped for the time of a read, so that no more of it than one tensor is in memory.
+    """
+
+    def __init__(self, path_or_id: str | os.PathLike[str], revision: str | None = None) -> None:
+        """Arguments and errors as in `load_pretrained`."""
+        self.config, stored = _stored(path_or_id, revision)
+        self.dtypes = {name: tensor.dtype for name, tensor in stored.items()}
+        self._files: dict[str, tuple[Path, str]] = {}
+        for file in _find(path_or_id, revision)[2]:
+            self._files |= {our_name(name): (file, name) for name in _map(file)}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.dtypes
+
+    def read(self, name: str, region: tuple[slice, ...]) -> Tensor:
+        """A copy of a part of a tensor, on the CPU, in the dtype in which it is stored."""
+        file, theirs = self._files[name]
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                return tensors.get_slice(theirs)[region].clone()
+        return _map(file)[theirs][region].clone()
+
+
+def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """In which a weight is kept where `dtype` is asked for."""
+    if name.rpartition(".")[2] in _FLOAT32:
+        return torch.promote_types(dtype, torch.float32)
+    return dtype
 
 
 def save_pretrained(
@@ -252,6 +273,26 @@ def _find(
                     raise UserError(f"{folder} lacks {_first(missing)}; download it again")
             return folder, config, files
     raise UserError(f"{folder} holds no weights; expected one of {', '.join(looked_for)}")
+
+
+def _stored(
+    path_or_id: str | os.PathLike[str], revision: str | None
+) -> tuple[Mamba2Config, dict[str, Tensor]]:
+    """Config and mapped weights, by our names, which fit it."""
+    folder, config, files = _find(path_or_id, revision)
+    stored: dict[str, Tensor] = {}
+    for file in files:
+        stored |= {our_name(name): tensor for name, tensor in _map(file).items()}
+    if config.tie_embeddings:
+        _drop_tied_head(stored, folder)
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in Mamba2LM(config).named_parameters()}
+    if misfit := _misfit(expected, stored):
+        raise UserError(
+            f"{folder}: the weights do not fit the config: {misfit}; check that both belong to "
+            f"the same model"
+        )
+    return config, stored
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -479,38 +479,60 @@ class Mamba2LM(nn.Module):
 
 @torch.no_grad()
 def initialize(model: Mamba2LM, *, seed: int = 0) -> Mamba2LM:
-    """Fresh weights, as the paper's code draws them (mamba_ssm: Mamba2, _init_weights).
+    """Fresh weights, as `initial_weights` draws them."""
+    parameters = dict(model.named_parameters())
+    first = model.lm_head.weight
+    drawn = initial_weights(model.config, seed=seed, device=first.device, dtype=first.dtype)
+    for name, weight in drawn:
+        parameters[name].copy_(weight)
+    return model
+
+
+@torch.no_grad()
+def initial_weights(
+    config: Mamba2Config,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every parameter, one after the other, as the paper's code draws them
+    (mamba_ssm: Mamba2, _init_weights).
 
     dt_bias such that softplus gives steps log-uniform in [0.001, 0.1]; A uniform in [1, 16];
     out_proj shrunk by sqrt(n_layers) so that the residual stream keeps its scale.
     """
-    generator = torch.Generator(device=model.lm_head.weight.device).manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(seed)
     uniform = partial(nn.init.uniform_, generator=generator)
-    config = model.config
-    nn.init.normal_(model.backbone.embeddings.weight, std=0.02, generator=generator)
+    kaiming = partial(nn.init.kaiming_uniform_, a=math.sqrt(5), generator=generator)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Mamba2LM(config).named_parameters()}
+
+    def empty(name: str) -> Tensor:
+        return torch.empty(shapes[name], device=device, dtype=dtype)
+
+    name = "backbone.embeddings.weight"
+    yield name, nn.init.normal_(empty(name), std=0.02, generator=generator)
     if not config.tie_embeddings:
-        nn.init.kaiming_uniform_(model.lm_head.weight, a=math.sqrt(5), generator=generator)
-    for layer in model.backbone.layers:
-        mixer: Mamba2Mixer = layer.mixer  # type: ignore[assignment]
-        for projection in (mixer.in_proj, mixer.out_proj):
-            nn.init.kaiming_uniform_(projection.weight, a=math.sqrt(5), generator=generator)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
-        mixer.out_proj.weight /= math.sqrt(config.n_layers)
+        yield "lm_head.weight", kaiming(empty("lm_head.weight"))
+    for i in range(config.n_layers):
+        mixer = f"backbone.layers.{i}.mixer"
+        yield f"{mixer}.in_proj.weight", kaiming(empty(f"{mixer}.in_proj.weight"))
+        out_proj = kaiming(empty(f"{mixer}.out_proj.weight"))
+        yield f"{mixer}.out_proj.weight", out_proj / math.sqrt(config.n_layers)
         bound = 1 / math.sqrt(config.d_conv)
-        uniform(mixer.conv1d.weight, -bound, bound)
-        if mixer.conv1d.bias is not None:
-            uniform(mixer.conv1d.bias, -bound, bound)
-        dt = torch.exp(uniform(torch.empty_like(mixer.dt_bias), math.log(1e-3), math.log(1e-1)))
+        for name in (f"{mixer}.conv1d.weight", f"{mixer}.conv1d.bias"):
+            if name in shapes:
+                yield name, uniform(empty(name), -bound, bound)
+        dt = torch.exp(uniform(empty(f"{mixer}.dt_bias"), math.log(1e-3), math.log(1e-1)))
         dt = dt.clamp(min=1e-4)
-        mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus' inverse
-        mixer.A_log.copy_(torch.log(uniform(torch.empty_like(mixer.A_log), 1.0, 16.0)))
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            nn.init.ones_(module.weight)
-        elif isinstance(module, Mamba2Mixer):
-            nn.init.ones_(module.D)
-    return model
+        yield f"{mixer}.dt_bias", dt + torch.log(-torch.expm1(-dt))  # softplus' inverse
+        yield f"{mixer}.A_log", torch.log(uniform(empty(f"{mixer}.A_log"), 1.0, 16.0))
+    for name in shapes:
+        if "norm" in name or name.endswith(".D"):
+            yield name, torch.ones_like(empty(name))
+        elif name.endswith("_proj.bias"):
+            yield name, torch.zeros_like(empty(name))
 
 
 def flops_per_token(config: Mamba2Config) -> int:

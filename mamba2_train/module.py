@@ -10,6 +10,7 @@ are divided once, by the total, before they are clipped. Averaging the means of 
 instead would weigh a token by how empty its batch is.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
@@ -21,6 +22,14 @@ from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2LM
 from mamba2_train.nonfinite import NonFinite
 from mamba2_train.optim import build_optimizer, lr_factor
+from mamba2_train.parallel.checkpoint import indexed, optimizer_names
+from mamba2_train.parallel.shards import (
+    average_replicated,
+    scale_gradients,
+    total_norm,
+    trained_names,
+)
+from mamba2_train.parallel.strategy import MeshStrategy, data_ranks
 from mamba2_train.schema import OptimizerConfig, SchedulerConfig
 
 
@@ -47,7 +56,8 @@ class TokenMean:
                 for v in (self.loss, self.tokens)
             ]
         )
-        total = module.trainer.strategy.reduce(local, reduce_op="sum")
+        _, group = data_ranks(module.trainer)  # ranks that see the same rows count them once
+        total = module.trainer.strategy.reduce(local, group, reduce_op="sum")
         return total[0] / total[1].clamp(min=1), total[1]
 
 
@@ -91,17 +101,18 @@ class Mamba2Module(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         loss, tokens = self.window.reduced(self)
         self.window.reset()
+        strategy = self.trainer.strategy
+        if isinstance(strategy, MeshStrategy):
+            average_replicated(self.parameters(), strategy.device_mesh["data"])
         # Lightning has divided by the accumulation, DDP by the ranks; a window at the end of an
         # epoch may be shorter, and is divided by the full accumulation all the same
-        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        shares = self.trainer.accumulate_grad_batches * data_ranks(self.trainer)[0]
         scale = shares / tokens.clamp(min=1)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
-        norm = torch.nn.utils.get_total_norm(gradients)
+        gradients = _gradients(optimizer)
+        scale_gradients(gradients, scale)
+        self.norm = norm = total_norm(gradients)
         if self.nonfinite is not None and self.nonfinite.refuses(self.trainer, loss, norm):
-            for p in parameters:
-                p.grad = None  # and no optimizer touches it
+            optimizer.zero_grad()  # no gradient, and no optimizer touches its weight
             self.log("train/skipped", float(self.nonfinite.skipped))
             return
         if not self.audited and tokens > 0:  # without a label, no gradient
@@ -115,6 +126,17 @@ class Mamba2Module(L.LightningModule):
             },
             prog_bar=True,
         )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Scale the gradients to a norm of at most `gradient_clip_val`; their norm is known."""
+        if gradient_clip_val:
+            scale = (gradient_clip_val / (self.norm + 1e-6)).clamp(max=1.0)
+            scale_gradients(_gradients(optimizer), scale)
 
     def on_validation_epoch_start(self) -> None:
         self.validation.reset()
@@ -141,7 +163,15 @@ class Mamba2Module(L.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in weights.items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        different = self._trained() ^ set(checkpoint["state_dict"])
+        self.check_trained(checkpoint["state_dict"])
+        if states := checkpoint.pop("optimizers", None):  # of a folder, in one process
+            optimizer = build_optimizer(self.model, self.optimizer_config, self.lora_plus_ratio)
+            names = optimizer_names(self, optimizer)
+            checkpoint["optimizer_states"] = [indexed(state, names) for state in states]
+
+    def check_trained(self, names: Iterable[str]) -> None:
+        """Raise a UserError if a checkpoint's weights are not those that are trained."""
+        different = self._trained() ^ set(names)
         if different:
             raise UserError(
                 f"the checkpoint was trained on other weights: {len(different)} differ, such as "
@@ -149,7 +179,7 @@ class Mamba2Module(L.LightningModule):
             )
 
     def _trained(self) -> set[str]:
-        return {name for name, p in self.named_parameters() if p.requires_grad}
+        return trained_names(self)
 
     def _losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         out = self.model(
@@ -159,3 +189,8 @@ class Mamba2Module(L.LightningModule):
             reduction="sum",
         )
         return out.loss, out.n_tokens
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return [p.grad for p in parameters if p.grad is not None]

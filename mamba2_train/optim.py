@@ -111,13 +111,15 @@ def _groups(
     """With and without decay: A_log, D, dt_bias, norms and biases have none.
 
     These are the parameters with a single dimension: pulling a decay rate or a norm's scale
-    towards zero is not regularisation.
+    towards zero is not regularisation. Matrices, which a strategy may spread over the ranks, and
+    the convolution, which stays whole, are apart: a fused step takes either.
     """
     faster = [p for name, p in parameters if lora_plus_ratio != 1 and ".lora_B." in name]
     fast = {id(p) for p in faster}
     other = [p for _, p in parameters if id(p) not in fast]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in other if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in other if p.dim() == 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in other if p.dim() > 2], "weight_decay": config.weight_decay},
         {"params": [p for p in other if p.dim() <= 1], "weight_decay": 0.0},
         {
             "params": faster,

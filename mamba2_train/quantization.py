@@ -79,7 +79,7 @@ def quantize(
         )
     if weight.dtype not in COMPUTE_DTYPES:
         weight = weight.float()
-    bnb = bitsandbytes()
+    bitsandbytes()
     path = name.removesuffix(".weight")
     old = model.get_submodule(path)
     (d_out, d_in), bias = weight.shape, old.bias is not None
@@ -93,23 +93,43 @@ def quantize(
         new.set_weight(codes, scales)
         model.is_loaded_in_8bit = True  # type: ignore[assignment]  # what peft decides by
     else:
-        with torch.device("meta"):
-            new = bnb.nn.Linear4bit(d_in, d_out, bias=bias, compute_dtype=dtype, quant_type=kind)
         packed, state = quantize_4bit(weight, kind, dtype=dtype, device=device)
-        new.weight = bnb.nn.Params4bit(
-            packed,
-            requires_grad=False,
-            quant_state=state,
-            compress_statistics=True,
-            quant_type=kind,
-            module=new,
-            bnb_quantized=True,
-        )
-        new.quant_state = state
-        # on CPUs with AVX512-BF16 generation would repack the weights and round to bf16
-        new.support_avx512bf16_for_cpu = False
+        new = _linear_4bit(weight.shape, bias, kind, dtype, packed, state)
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
     _replace(model, path, new)
+
+
+def reserve_4bit(model: nn.Module, name: str, kind: Quantization, dtype: torch.dtype) -> None:
+    """Put a layer in 4 bits in the place of the one whose weight is called `name`, the values of
+    which are to come: its weight takes no memory, and its `quant_state` is None."""
+    path = name.removesuffix(".weight")
+    old: Any = model.get_submodule(path)
+    shape = old.weight.shape
+    packed = torch.zeros((), dtype=torch.uint8).expand(-(-shape.numel() // 2), 1)
+    _replace(model, path, _linear_4bit(shape, old.bias is not None, kind, dtype, packed, None))
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+
+
+def _linear_4bit(
+    shape: torch.Size, bias: bool, kind: str, dtype: torch.dtype, packed: Tensor, state: Any
+) -> nn.Module:
+    bnb = bitsandbytes()
+    d_out, d_in = shape
+    with torch.device("meta"):
+        new = bnb.nn.Linear4bit(d_in, d_out, bias=bias, compute_dtype=dtype, quant_type=kind)
+    new.weight = bnb.nn.Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        compress_statistics=True,
+        quant_type=kind,
+        module=new,
+        bnb_quantized=True,
+    )
+    new.quant_state = state
+    # on CPUs with AVX512-BF16 generation would repack the weights and round to bf16
+    new.support_avx512bf16_for_cpu = False
+    return new
 
 
 def quantize_4bit(

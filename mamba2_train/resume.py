@@ -17,8 +17,11 @@ import yaml
 from torch import nn
 
 from mamba2_train.errors import UserError
+from mamba2_train.parallel.checkpoint import META, read_meta
+from mamba2_train.parallel.checkpoint import is_whole as is_whole_folder
+from mamba2_train.parallel.shards import boxes, is_first_holder, local, summed_over_ranks
 from mamba2_train.processes import agreed
-from mamba2_train.saving import CHECKPOINTS, RUN, step_of
+from mamba2_train.saving import CHECKPOINTS, RUN, checkpoints_in, step_of
 from mamba2_train.schema import TrainConfig
 from mamba2_train.tracking import CSV_FOLDER, run_stamp
 
@@ -30,14 +33,15 @@ START = "start.json"  # in the run folder: what was measured and sampled before 
 # data may have moved; what they hold is compared by checksum.
 FREE = (
     *("name", "run_dir", "debug", "resume", "logger", "callbacks"),
-    *("strategy.kind", "strategy.devices", "strategy.num_nodes"),  # the ranks are counted
+    "strategy",  # the ranks are counted
     *("trainer.max_epochs", "trainer.max_steps", "trainer.validate_every"),
     *("trainer.log_every", "trainer.progress_bar", "model.checkpointing"),
-    *("trainer.on_nan", "trainer.max_skipped", "strategy.timeout_minutes"),
+    *("trainer.on_nan", "trainer.max_skipped"),
     *("model.source", "model.revision", "model.tokenizer", "model.preset"),
     *("data.source", "data.validation_source", "data.chat_template", "data.num_workers"),
     *("data.preview", "data.on_bad_row"),  # what was read so far was good, or is left out still
 )
+ROWS = ("data.batch_size", "trainer.accumulate")  # a step takes as many over all ranks
 SOURCES = ("source", "validation_source")
 
 
@@ -71,7 +75,7 @@ def locate(config: TrainConfig) -> tuple[TrainConfig, Resumed | None]:
             logger.info("resume=%s: no checkpoint to go on from, starting afresh", config.resume)
         return config, None
     path = Path(found)
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    saved = read_meta(path)
     state = next(s for s in saved["callbacks"].values() if "csv_rows" in s)
     resumed = Resumed(path, saved[RUN], state["csv_rows"])
     if config.resume == "auto":
@@ -87,13 +91,14 @@ def identity(
     """What a checkpoint belongs to; raises a UserError if that is not what `resumed` goes on with.
 
     Args:
-        data: fingerprint of the data; world: number of ranks.
+        data: fingerprint of the data; world: number of ranks that see rows of their own.
     """
     now = {
         "config": config.model_dump(mode="json"),
         "model": _fingerprint(model),
         "data": data,
         "world": world,
+        "rows": world * config.data.batch_size * config.trainer.accumulate,
     }
     if resumed is not None:
         cures = {
@@ -101,9 +106,14 @@ def identity(
             "adapted: give the model that the run began with",
             "data": f"data.source: {config.data.title} is not what it was trained on: give the "
             "data and the tokenizer that the run began with",
-            "world": f"it had {resumed.run['world']} ranks and this run has {world}, which would "
-            "train on other batches: start as many",
+            "rows": f"it had {resumed.run['world']} ranks and this run has {world}, with the same "
+            "rows in a step only if data.batch_size and trainer.accumulate make up for it: steps "
+            f"had {resumed.run['rows']} rows and have {now['rows']}: start as many ranks",
+            "world": f"it had {resumed.run['world']} ranks and this run has {world}, which see "
+            "streamed or length-grouped data in another order: start as many",
         }
+        if not (config.data.streaming or config.data.length_grouped):
+            del cures["world"]
         for key, cure in cures.items():
             if resumed.run[key] != now[key]:
                 raise UserError(f"cannot resume {resumed.checkpoint}: {cure}, or set resume=null")
@@ -113,10 +123,13 @@ def identity(
 def check_config(resumed: Resumed, config: TrainConfig) -> None:
     """Raise a UserError that names the settings which differ and change the numbers."""
     then, now = _flat(resumed.run["config"]), _flat(config.model_dump(mode="json"))
+    free: tuple[str, ...] = FREE
+    if resumed.run["rows"] % (config.data.batch_size * config.trainer.accumulate) == 0:
+        free += ROWS  # of another number of ranks, which `identity` will know
     changed = [
         f"{key} was {then[key]} and is {now.get(key)}"
         for key in then
-        if now.get(key) != then[key] and not any(f"{key}.".startswith(f"{f}.") for f in FREE)
+        if now.get(key) != then[key] and not any(f"{key}.".startswith(f"{f}.") for f in free)
     ]
     if changed:
         raise UserError(
@@ -150,6 +163,8 @@ def read_start(run_dir: Path) -> dict[str, Any]:
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether the disk gives back what was written: every part has its checksum."""
+    if checkpoint.is_dir():
+        return is_whole_folder(checkpoint)
     try:
         with zipfile.ZipFile(checkpoint) as archive:
             return archive.testzip() is None
@@ -173,11 +188,11 @@ def _find(config: TrainConfig) -> Path | None:
         return _newest_whole(folder) if folder is not None else None
 
     given = Path(config.resume)
-    if given.is_dir():
+    if given.is_dir() and not (given / META).is_file():
         chosen = _newest_whole(given)
         if chosen is None:
             raise UserError(f"resume={given}: there is no checkpoint in {given / CHECKPOINTS}")
-    elif not given.is_file():
+    elif not given.exists():
         raise UserError(f"resume={given}: there is no such file; give auto, a checkpoint or a run")
     elif not is_whole(given) or not _is_ours(given):
         raise UserError(f"resume={given}: it is damaged or no checkpoint of mamba2-train")
@@ -215,26 +230,49 @@ def _newest_whole(run: Path) -> Path | None:
 
 def _is_ours(path: Path) -> bool:
     try:
-        return RUN in torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return RUN in read_meta(path)
     except Exception:  # whatever torch makes of what is no checkpoint
         return False
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    return sorted((run.resolve() / CHECKPOINTS).glob("step-*.ckpt"))
+    return checkpoints_in(run.resolve() / CHECKPOINTS)
 
 
-def _fingerprint(model: nn.Module) -> int:
-    """Checksum of every tensor's name, shape and dtype, the scales of quantized weights among them,
-    and of the values that are not trained: the others are in the checkpoint."""
-    checksum = 0
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    for name, tensor in model.state_dict().items():
-        checksum = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), checksum)
-        if name not in trained:
-            raw = tensor.data.cpu().contiguous().view(-1).view(torch.uint8)
-            checksum = zlib.crc32(raw.numpy().data, checksum)
-    return checksum
+def _fingerprint(model: nn.Module) -> list[int]:
+    """Two checksums: of the names, shapes and dtypes of all tensors but quantized ones, and of the
+    values that are not trained: the others are in the checkpoint.
+
+    The second is a sum over elements, so that ranks that hold parts of a tensor come to the same
+    as a process that holds all of it.
+    """
+    described = 0
+    values = torch.zeros((), dtype=torch.int64)  # which wraps around, alike everywhere
+    for name, found in boxes(model):
+        for p, box in found:
+            described = zlib.crc32(f"{name} {tuple(box.size)} {p.dtype}".encode(), described)
+            if not p.requires_grad and is_first_holder(model, p):
+                values += _sum_of_bits(name, box.local, box.offsets)
+    for p in model.parameters():
+        if not p.is_floating_point() and is_first_holder(model, p):
+            values += local(p.detach()).sum(dtype=torch.int64).cpu()  # in any rank's order
+    return [described, int(summed_over_ranks(model, values))]
+
+
+def _sum_of_bits(name: str, part: torch.Tensor, offsets: tuple[int, ...]) -> torch.Tensor:
+    """Of a part of a tensor that begins at `offsets`: its elements' bits, times a number by which
+    rows, columns and tensors differ."""
+    raw = part.detach().cpu().contiguous()
+    if raw.numel() == 0:
+        return torch.zeros((), dtype=torch.int64)
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[raw.element_size()]
+    bits = raw.view(-1).view(integer).view(raw.shape[0] if raw.dim() else 1, -1)
+    first_row, first_column = (*offsets, 0, 0)[:2]
+    rows = torch.arange(first_row, first_row + bits.shape[0]) * 2_654_435_761 + 1
+    columns = torch.arange(first_column, first_column + bits.shape[1]) * 40_503 + 3
+    total = (bits.sum(1, dtype=torch.int64) * rows).sum()
+    total += (bits.sum(0, dtype=torch.int64) * columns).sum()
+    return total * (zlib.crc32(name.encode()) | 1)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

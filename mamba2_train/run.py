@@ -5,6 +5,7 @@ import math
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from mamba2_train.data.tokenizer import save_tokenizer
 from mamba2_train.generation import generate
 from mamba2_train.model import Mamba2LM
 from mamba2_train.module import Mamba2Module
+from mamba2_train.parallel.checkpoint import load_weights
+from mamba2_train.parallel.shards import mesh_of, whole_tensors
 from mamba2_train.quantization import count_parameters
 from mamba2_train.report import write_report
 from mamba2_train.resume import START, Resumed, inherit, read_start
@@ -53,10 +56,11 @@ class Run:
         saver: Checkpoints,
         started: datetime,
         resumed: Resumed | None,
+        in_one_piece: Callable[[dict[str, torch.Tensor]], Mamba2LM | PeftModel],
     ) -> None:
         self.config, self.trainer, self.module = config, trainer, module
         self.data, self.tokenizer, self.adapter = data, tokenizer, adapter
-        self.saver, self.resumed = saver, resumed
+        self.saver, self.resumed, self.in_one_piece = saver, resumed, in_one_piece
         self.folder = config.run_dir
         parameters = list(module.model.parameters())
         self.result: dict[str, Any] = {
@@ -150,6 +154,7 @@ class Run:
     def conclude(self) -> None:
         """Take the best weights by val/loss, write what was made, report, and say what is next."""
         final = self._take_best()
+        made = self._gathered()
         samples = [
             {"prompt": p, "before": b, "after": a}
             for p, b, a in zip(
@@ -160,12 +165,12 @@ class Run:
             return
         kind = "model" if self.adapter is None else "adapter"
         target = self.folder / kind
-        if self.adapter is None:
+        if isinstance(made, PeftModel):
+            save_adapter(made, target, base_name(self.config), self.config.model.revision)
+        else:
             special = ("bos", "eos", "pad")
             ids = {name: getattr(self.tokenizer, f"{name}_token_id") for name in special}
-            save_pretrained(self.module.model, target, token_ids=ids)
-        else:
-            save_adapter(self.adapter, target, base_name(self.config), self.config.model.revision)
+            save_pretrained(made, target, token_ids=ids)
         save_tokenizer(self.tokenizer, target)
         prompt = next(iter(self.config.callbacks.samples.prompts), "")
         self.result |= {
@@ -196,9 +201,27 @@ class Run:
         """Continuations of the prompts, with a seed of their own: before and after differ by the
         weights alone."""
         settings = self.config.callbacks.samples
-        if not self.trainer.is_global_zero or not settings.prompts:
+        alone = mesh_of(self.module.model) is None  # else all of them are needed
+        if not settings.prompts or (alone and not self.trainer.is_global_zero):
             return [""] * len(settings.prompts)
         return continuations(self.module.model, self.tokenizer, settings, seed=self.config.seed)
+
+    def _gathered(self) -> Mamba2LM | PeftModel:
+        """What has been made, on the first rank in one piece."""
+        model = self.module.model
+        if mesh_of(model) is None:
+            return model if self.adapter is None else self.adapter
+        tensors = {}
+        for name, tensor in whole_tensors(model, self._made):
+            if self.trainer.is_global_zero:
+                tensors[name] = tensor.cpu()
+        if not self.trainer.is_global_zero:
+            return model
+        return self.in_one_piece(tensors)
+
+    def _made(self, p: torch.nn.Parameter) -> torch.Tensor | None:
+        """An adapter is what is trained; a model all there is."""
+        return p.detach() if p.requires_grad or self.adapter is None else None
 
     def _take_best(self) -> dict[str, float]:
         """Leave the best weights in the model; returns their held-out loss and perplexity."""
@@ -208,9 +231,9 @@ class Run:
             now = self._evaluate()["val/loss"]
         best = self.trainer.strategy.broadcast(self.saver.best_step)
         if best is not None and not now <= scores[best]:  # nan neither
-            path = self.saver.path(best)
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            self.module.load_state_dict(checkpoint["state_dict"], strict=False)
+            path = self.trainer.strategy.broadcast(self.saver.path(best))
+            assert path is not None
+            load_weights(path, self.module)
             self.result["best_step"] = best
             now = scores[best]
         return {"val/loss": now, "val/perplexity": math.exp(now)}
@@ -255,8 +278,9 @@ class Run:
 def continuations(model: Mamba2LM, tokenizer: Any, settings: SamplesConfig, seed: int) -> list[str]:
     texts = []
     model.eval()
+    device = next(p for p in model.parameters() if p.dim() == 1).device
     for i, prompt in enumerate(settings.prompts):
-        ids = torch.tensor([tokenizer.encode(prompt)], device=model.lm_head.weight.device)
+        ids = torch.tensor([tokenizer.encode(prompt)], device=device)
         out = generate(
             model,
             ids,

@@ -22,12 +22,14 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
+from mamba2_train.parallel.checkpoint import META, load_whole, remove
+from mamba2_train.parallel.strategy import MeshStrategy
 from mamba2_train.processes import log_only
 from mamba2_train.schema import SavingConfig
 
 CHECKPOINTS = "checkpoints"  # folder of a run
 RECENT = 2  # newest checkpoints kept: the disk may have spoilt one
-TEMPORARY = ".tmp"
+SUFFIX, TEMPORARY = ".ckpt", ".tmp"
 SAVE = 1  # a wish, below every signal that is heard
 RUN = "mamba2_train"  # our key in a checkpoint: which run it belongs to
 HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # Slurm sends the second if told to
@@ -55,8 +57,8 @@ class Position:
 
 
 class Checkpoints(Callback):
-    """Writes `step-N.ckpt` every so many steps or minutes, after each validation, on a signal, and
-    at the end.
+    """Writes `step-N.ckpt`, or the folder `step-N` where the model is spread over the ranks, every
+    so many steps or minutes, after each validation, on a signal, and at the end.
 
     Kept are the newest, and the best by val/loss. SIGTERM, SIGUSR1 and Ctrl-C are heard by any
     rank, agreed upon by all when the step ends, and raised as `Stopped` once the checkpoint is on
@@ -95,13 +97,14 @@ class Checkpoints(Callback):
         self.started, self.seconds_before = time.monotonic(), 0.0
         self.saved_at, self.saved_step = time.monotonic(), -1
 
-    def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}.ckpt"
+    def path(self, step: int) -> Path | None:
+        """Of the checkpoint of this step, whichever strategy has written it, if there is one."""
+        return next((p for p in checkpoints_in(self.folder) if step_of(p) == step), None)
 
     @property
     def best_step(self) -> int | None:
         """Of the checkpoints that are there, the one with the lowest val/loss."""
-        there = [step for step in self.scores if self.path(step).is_file()]
+        there = [step for p in checkpoints_in(self.folder) if (step := step_of(p)) in self.scores]
         return min(there, key=self._rank, default=None)
 
     @property
@@ -117,11 +120,13 @@ class Checkpoints(Callback):
         connector.register_signal_handlers = lambda: self._listen(trainer)  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self.restored is not None:
+        if self.restored is not None and len(self.restored) == trainer.world_size:
             rng = self.restored[trainer.global_rank]["rng"]
             set_rng_state(rng, trainer.strategy.root_device)
         else:
-            torch.manual_seed(self.seed + trainer.global_rank)  # each drops units of its own
+            # each drops units of its own, but for those that compute parts of the same
+            rank = (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
+            torch.manual_seed(self.seed + rank + 1_000_003 * trainer.global_step)
         trainer.should_stop = self.stopped_early
         self.at = self._here(trainer)
         self.saved_at = time.monotonic()
@@ -199,9 +204,30 @@ class Checkpoints(Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         ranks = checkpoint["callbacks"][self.state_key]["ranks"]
-        block, row = ranks[trainer.global_rank]["block"]
-        trainer.datamodule.position = (block, row)  # type: ignore[attr-defined]
+        if len(ranks) == trainer.world_size:
+            block, row = ranks[trainer.global_rank]["block"]
+            data.position = (block, row)
+        before = checkpoint[RUN]["config"]["trainer"]["accumulate"]
+        batches = data.batches_per_epoch()
+        if batches is not None and checkpoint[RUN]["world"] != self.run["world"]:
+            # a step takes the same rows, but in another number of micro-batches
+            fit_loop = checkpoint["loops"]["fit_loop"]
+            progress = fit_loop["epoch_loop.batch_progress"]
+            epoch = fit_loop["epoch_progress"]["current"]["processed"]
+            steps = math.ceil(progress["current"]["ready"] / before)
+            ends = progress["is_last_batch"]
+            batch = batches if ends else steps * trainer.accumulate_grad_batches
+            at = Position(
+                step=checkpoint["global_step"],
+                epoch=epoch,
+                batch=batch,
+                total=epoch * batches + batch,
+                ends_epoch=ends,
+            )
+            scores = checkpoint["callbacks"][self.state_key]["scores"]
+            set_position(fit_loop, at, at.step in scores)
 
     def _here(self, trainer: L.Trainer) -> Position:
         loop = trainer.fit_loop
@@ -248,14 +274,15 @@ class Checkpoints(Callback):
         self.stopped_early = trainer.should_stop
         for metrics in trainer.loggers:
             metrics.save()  # the curves reach as far as the checkpoint does
-        trainer.save_checkpoint(self.path(self.at.step))
+        suffix = "" if isinstance(trainer.strategy, MeshStrategy) else SUFFIX
+        trainer.save_checkpoint(self.folder / f"step-{self.at.step:08d}{suffix}")
         self.saved_at, self.saved_step = time.monotonic(), self.at.step
         if trainer.is_global_zero:
-            there = sorted(self.folder.glob("step-*.ckpt"))
+            there = checkpoints_in(self.folder)
             best = [path for path in there if step_of(path) in self.scores]
             best.sort(key=lambda path: self._rank(step_of(path)))
             for path in set(there[:-RECENT]) - set(best[: self.config.keep]):
-                path.unlink()
+                remove(path)
 
     def _rank(self, step: int) -> tuple[float, int]:
         """Lower is better; the earlier of two equals; nan is the worst."""
@@ -293,7 +320,7 @@ class WholeOrNot(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         for abandoned in path.parent.glob(f"*{TEMPORARY}"):
-            abandoned.unlink()
+            remove(abandoned)
         temporary = path.with_name(path.name + TEMPORARY)
         with temporary.open("wb") as file:
             torch.save(checkpoint, file)
@@ -305,6 +332,18 @@ class WholeOrNot(TorchCheckpointIO):
             os.fsync(folder)  # the new name too
         finally:
             os.close(folder)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Of one process, or of many, whose folder is put together."""
+        if Path(path).is_dir():
+            return load_whole(Path(path))
+        return super().load_checkpoint(path, *args, **kwargs)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Files and folders, the oldest first."""
+    there = [p for p in folder.glob("step-*") if p.suffix == SUFFIX or (p / META).is_file()]
+    return sorted((p for p in there if p.suffix != TEMPORARY), key=step_of)
 
 
 def step_of(path: Path) -> int:

@@ -274,18 +274,52 @@ class SchedulerConfig(Group):
 class StrategyConfig(Group):
     """Where the run computes, through Lightning."""
 
-    kind: Literal["auto", "single", "ddp"]
+    kind: Literal["auto", "single", "ddp", "fsdp", "tp", "fsdp_tp"]
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: PositiveInt | Literal["auto"] = "auto"
     num_nodes: PositiveInt = 1
     timeout_minutes: PositiveFloat = Field(
         default=30, description="a rank that keeps the others waiting for so long ends the job"
     )
+    data_size: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="ranks that share the rows, and the weights (FSDP2)"
+    )
+    tensor_size: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="ranks that share each layer's heads; they see the same rows"
+    )
+    cpu_offload: bool = Field(
+        default=False, description="weights, gradients and optimizer stay in the host's memory"
+    )
+    reduce_each_batch: bool = Field(
+        default=False,
+        description="reduce gradients after each micro-batch and not after the last of a step: "
+        "less memory, for no rank then holds all gradients, and more traffic",
+    )
+    dry_run: bool = Field(
+        default=False, description="print what each rank would hold and send, and stop"
+    )
 
     @property
     def shards(self) -> bool:
         """Whether a parameter is spread over the ranks."""
         return self.kind not in ("auto", "single", "ddp")
+
+    @model_validator(mode="after")
+    def _only_sharded(self) -> "StrategyConfig":
+        asked = {
+            "data_size": self.data_size != "auto",
+            "tensor_size": self.tensor_size != "auto",
+            "cpu_offload": self.cpu_offload,
+            "reduce_each_batch": self.reduce_each_batch,
+            "dry_run": self.dry_run,
+        }
+        chosen = [name for name, is_set in asked.items() if is_set]
+        if chosen and not self.shards:
+            raise ValueError(
+                f"{chosen[0]} is of strategies that shard, and strategy={self.kind} does not: use "
+                "strategy=fsdp, tp or fsdp_tp"
+            )
+        return self
 
 
 class PrecisionConfig(Group):
@@ -386,13 +420,9 @@ class TrainConfig(Group):
             )
         if self.quantization.stored is not None:
             self._check_quantization()
+        if self.strategy.shards:
+            self._check_shards()
         if isinstance(self.optimizer, AdamWConfig) and self.optimizer.needs_bitsandbytes:
-            if self.strategy.shards:
-                raise ValueError(
-                    f"optimizer={self.optimizer.kind} cannot keep its state of sharded "
-                    f"parameters, as strategy={self.strategy.kind} has: use optimizer=adamw, whose "
-                    "state is sharded, or strategy=ddp"
-                )
             bitsandbytes()
         if self.adapter.kind != "full" and self.model.source is None:
             raise ValueError(
@@ -408,6 +438,23 @@ class TrainConfig(Group):
                 "both to numbers of steps"
             )
         return self
+
+    def _check_shards(self) -> None:
+        chosen = f"strategy={self.strategy.kind}"
+        if self.optimizer.kind != "adamw":
+            raise ValueError(
+                f"optimizer={self.optimizer.kind} cannot keep its state of sharded parameters, as "
+                f"{chosen} has: use optimizer=adamw, whose state is sharded, or strategy=ddp"
+            )
+        if self.adapter.kind == "lora":
+            needs = "adapter.dora=true" if self.adapter.dora else None
+            if self.adapter.init.startswith(("pissa", "olora")):
+                needs = f"adapter.init={self.adapter.init}"
+            if needs is not None:
+                raise ValueError(
+                    f"{needs} begins with the whole of a weight, of which a rank has a part under "
+                    f"{chosen}: use a plain LoRA, or strategy=ddp"
+                )
 
     def _check_quantization(self) -> None:
         chosen = f"quantization={self.quantization.kind}"
@@ -515,7 +562,9 @@ class GenerateConfig(Group):
 class ExportConfig(Group):
     """A run of `mamba2-export`."""
 
-    checkpoint: str | list[str] = Field(description="as of mamba2-generate")
+    checkpoint: str | list[str] = Field(
+        description="as of mamba2-generate; or a checkpoint of a run, RUN/checkpoints/step-N"
+    )
     out: Path = Field(description="folder to write")
     quantization: QuantizationConfig = Field(
         description="of the base that the adapter was trained over: its values are merged into"

@@ -52,7 +52,9 @@ class Subject(NamedTuple):
 
 @command(EvaluateConfig, "evaluate")
 def main(config: EvaluateConfig) -> None:
-    fabric = Fabric(**placement(config.strategy))
+    # the documents are dealt to ranks that hold the whole model, however its training was sharded
+    alone = config.strategy.kind in ("auto", "single")
+    fabric = Fabric(**placement(config.strategy), strategy="auto" if alone else "ddp")
     fabric.launch()
     measure = _tasks if config.tasks else _documents
     results = {subject.name: measure(subject, config, fabric) for subject in subjects(config)}

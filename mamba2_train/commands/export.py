@@ -5,6 +5,7 @@ mamba2-export checkpoint='[ADAPTER,ADAPTER]' out=merged          the sum of seve
 mamba2-export checkpoint=ADAPTER quantization=nf4 out=merged     into the base as trained over
 mamba2-export checkpoint=ADAPTER out=adapter merge=false         the adapter alone
 mamba2-export checkpoint=RUN out=FOLDER layout=state-spaces      for mamba_ssm
+mamba2-export checkpoint=RUN/checkpoints/step-00000200 out=FOLDER     as a run of any strategy was
 """
 
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
@@ -21,17 +23,25 @@ from mamba2_train.adapters import (
     WEIGHTS_FILE,
     load_adapter,
     read_config,
+    save_adapter,
 )
 from mamba2_train.assets import resolve
 from mamba2_train.card import write_card
 from mamba2_train.checkpoint import load_pretrained, replacing, save_pretrained
 from mamba2_train.commands import command, console
 from mamba2_train.commands.generate import find_adapters, load_base, load_checkpoint
-from mamba2_train.data.tokenizer import pad_id, save_tokenizer
+from mamba2_train.commands.train import DTYPES, adapt, build_model
+from mamba2_train.data.tokenizer import load_tokenizer, pad_id, save_tokenizer
 from mamba2_train.errors import UserError
 from mamba2_train.merge import merge_adapters
 from mamba2_train.model import Mamba2LM
-from mamba2_train.schema import ExportConfig
+from mamba2_train.parallel.checkpoint import META, load_whole, read_meta
+from mamba2_train.parallel.shards import trained_names
+from mamba2_train.quantization import dequantize
+from mamba2_train.resume import is_whole
+from mamba2_train.run import base_name
+from mamba2_train.saving import RUN, SUFFIX
+from mamba2_train.schema import ExportConfig, TrainConfig, validated
 
 PROBE = 64  # tokens whose logits are compared
 WHAT = {
@@ -42,30 +52,40 @@ WHAT = {
 
 @command(ExportConfig, "export")
 def main(config: ExportConfig) -> None:
-    adapters = find_adapters(config.checkpoint)
+    of_run = is_run_checkpoint(config.checkpoint)
+    adapters = [] if of_run else find_adapters(config.checkpoint)
     check_target(config, adapters)
-    if not config.merge and not adapters:
+    run: TrainConfig | None = None
+    dtype: torch.dtype | None
+    if of_run:
+        run, model, peft_model = load_run_checkpoint(Path(str(config.checkpoint)), config.dtype)
+        dtype, stored = DTYPES[run.precision.weights], run.quantization.stored
+        tokenizer = load_tokenizer(resolve(run.model.tokenizer or run.model.source or ""))
+        if config.merge:
+            dequantize(model)
+    else:
+        dtype = DTYPES[config.dtype] if config.dtype else None
+        stored = config.quantization.stored
+        model, tokenizer, peft_model = load_checkpoint(
+            config.checkpoint, dtype=dtype, quantization=stored, dequantized=config.merge
+        )
+    if not config.merge and peft_model is None:
         raise UserError(f"checkpoint={config.checkpoint} is no adapter: set merge=true")
-    stored = config.quantization.stored
-    model, tokenizer, peft_model = load_checkpoint(
-        config.checkpoint,
-        dtype=getattr(torch, config.dtype) if config.dtype else None,
-        quantization=stored,
-        dequantized=config.merge,
-    )
-    logits = probed(model)
     if config.merge and peft_model is not None:
         tied = model.config.tie_embeddings
         model = merge_adapters(peft_model)
-        logits = probed(model)
         if tied and not model.config.tie_embeddings:
             console.print("embeddings and lm_head are no longer tied: only one of them has learned")
-    n_merged = f"{len(adapters)} adapter{'s' * (len(adapters) > 1)} merged" if adapters else "whole"
-    what = f"{WHAT[config.layout]}, {n_merged}" if config.merge else "an adapter as it is"
+    logits = probed(model.eval())
+    n_merged = len(adapters) or int(peft_model is not None)
+    merged = f"{n_merged} adapter{'s' * (n_merged > 1)} merged" if n_merged else "whole"
+    what = f"{WHAT[config.layout]}, {merged}" if config.merge else "an adapter as it is"
     try:
         with replacing(config.out.expanduser().resolve(), config.force) as folder:
             if config.merge:
                 write_model(model, tokenizer, folder, config)
+            elif run is not None and peft_model is not None:
+                save_adapter(peft_model, folder, base_name(run), run.model.revision)
             else:
                 copy_adapter(adapters[0], folder)
             save_tokenizer(tokenizer, folder)
@@ -75,7 +95,7 @@ def main(config: ExportConfig) -> None:
             else:
                 found = read_config(folder)
                 base = resolve(found.base_model_name_or_path or "")
-                again = load_base(base, found.revision, None, stored)
+                again = load_base(base, found.revision, dtype, stored)
                 load_adapter(again, folder)
             check_same(logits, probed(again.eval()), config.out)
     except (OSError, SafetensorError) as error:
@@ -100,6 +120,41 @@ def check_target(config: ExportConfig, adapters: list[Path]) -> None:
             f"out={config.out} is not empty: choose another folder, or set force=true to write "
             "over the checkpoint in it"
         )
+
+
+def is_run_checkpoint(source: str | list[str]) -> bool:
+    """Whether it is what a run goes on from, a folder or a file."""
+    if not isinstance(source, str):
+        return False
+    path = Path(source)
+    return path.suffix == SUFFIX or (path / META).is_file()
+
+
+def load_run_checkpoint(
+    path: Path, dtype: str | None = None
+) -> tuple[TrainConfig, Mamba2LM, PeftModel | None]:
+    """The run's settings, and its model as it was at a step, in one process.
+
+    Args:
+        dtype: of the base's weights; None: as the run had them.
+
+    Raises:
+        UserError: the checkpoint is damaged, or is not of the base that its settings name.
+    """
+    if not is_whole(path):
+        raise UserError(f"checkpoint={path}: it is damaged; give another one of {path.parent}")
+    run: TrainConfig = validated(TrainConfig, read_meta(path)[RUN]["config"])
+    if dtype is not None:
+        precision = run.precision.model_copy(update={"weights": dtype})
+        run = run.model_copy(update={"precision": precision})
+    model = build_model(run)
+    peft_model = adapt(model, run)
+    trained = load_whole(path) if path.is_dir() else read_meta(path)
+    weights = {n.removeprefix("model."): w for n, w in trained["state_dict"].items()}
+    if weights.keys() != trained_names(model):
+        raise UserError(f"checkpoint={path} is not of {run.model.source}: has it been replaced?")
+    model.load_state_dict(weights, strict=False)
+    return run, model, peft_model
 
 
 def write_model(model: Mamba2LM, tokenizer: Any, folder: Path, config: ExportConfig) -> None:

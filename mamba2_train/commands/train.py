@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -24,10 +25,11 @@ from mamba2_train.adapters import (
     folder_of,
     load_adapter,
     read_config,
+    read_in_full,
 )
 from mamba2_train.assets import resolve
 from mamba2_train.callbacks import build_callbacks, validate_every
-from mamba2_train.checkpoint import load_config, load_pretrained
+from mamba2_train.checkpoint import StoredWeights, load_config, load_pretrained
 from mamba2_train.commands import command, console
 from mamba2_train.data.datamodule import TextDataModule
 from mamba2_train.data.preview import preview
@@ -37,6 +39,10 @@ from mamba2_train.errors import UserError
 from mamba2_train.model import PRESETS, Mamba2Config, Mamba2LM, initialize
 from mamba2_train.module import Mamba2Module
 from mamba2_train.nonfinite import NonFinite
+from mamba2_train.parallel.dry_run import dry_run
+from mamba2_train.parallel.sizes import Sizes, mesh_sizes
+from mamba2_train.parallel.start import Sharding, drawn, sharded_model, stored, weightless
+from mamba2_train.parallel.strategy import MeshStrategy, data_ranks
 from mamba2_train.plan import Plan, shortage
 from mamba2_train.processes import check_launcher, open_log
 from mamba2_train.resume import identity, locate, read_start
@@ -62,7 +68,11 @@ def main(config: TrainConfig) -> None:
 
     # what fails fast comes first: the data are read and checked before a weight is
     shape = model_shape(config)
+    strategy = choose_strategy(config, shape)
     check_adapter(config, shape)
+    if isinstance(strategy, Sizes):
+        announce_dry_run(config, shape, strategy)
+        return
     tokenizer = load_tokenizer(
         resolve(config.model.tokenizer or config.model.source or ""),
         revision=config.model.revision if config.model.tokenizer is None else None,
@@ -77,9 +87,6 @@ def main(config: TrainConfig) -> None:
     data.prepare_data()
     data.setup()
     warn_of_memory(config, shape)
-    model = build_model(config)
-    adapter = adapt(model, config)
-    check_space(config.run_dir, _bytes_written(model, config.callbacks.saving.keep))
 
     saver = Checkpoints(
         config.run_dir / CHECKPOINTS,
@@ -88,10 +95,12 @@ def main(config: TrainConfig) -> None:
         csv_rows=lambda: count_rows(config.run_dir),
         timeout=_pg_timeout(config.strategy),
     )
-    t, s = config.trainer, config.strategy
+    t = config.trainer
     nonfinite = NonFinite(t.on_nan, t.max_skipped, saver, config.run_dir)
-    trainer = build_trainer(config, saver, nonfinite)
-    saver.run = identity(config, model, data.fingerprint(), trainer.world_size, resumed)
+    trainer = build_trainer(config, saver, nonfinite, strategy)
+    model, adapter = build(config, shape, strategy)
+    check_space(config.run_dir, _bytes_written(model, config.callbacks.saving.keep))
+    saver.run = identity(config, model, data.fingerprint(), data_ranks(trainer)[0], resumed)
     data.trainer = trainer
     total_steps = count_steps(config, data)
     module = Mamba2Module(
@@ -102,7 +111,10 @@ def main(config: TrainConfig) -> None:
         config.adapter.lora_plus_ratio,
         nonfinite,
     )
-    run = Run(config, trainer, module, data, tokenizer, adapter, saver, started, resumed)
+    run = Run(
+        *(config, trainer, module, data, tokenizer, adapter, saver, started, resumed),
+        in_one_piece=partial(in_one_piece, config, shape),
+    )
     run.announce()
     run.evaluate_base()
     run.fit()
@@ -117,6 +129,98 @@ def model_shape(config: TrainConfig) -> Mamba2Config:
         return load_config(resolve(config.model.source), revision=config.model.revision)
     assert config.model.preset is not None
     return PRESETS[config.model.preset]
+
+
+def choose_strategy(config: TrainConfig, shape: Mamba2Config) -> str | MeshStrategy | Sizes:
+    """Lightning's name of a strategy, or ours, with sizes that processes and model allow.
+
+    Of a dry run the sizes alone."""
+    s = config.strategy
+    if not s.shards:
+        return "ddp" if s.kind == "ddp" else "auto"
+    devices, num_nodes = _processes(s)
+    asked = (s.data_size, s.tensor_size)
+    if s.dry_run and devices == "auto" and "auto" not in asked:
+        devices = asked[0] * asked[1]  # type: ignore[operator]
+    if devices == "auto":
+        cuda = torch.cuda.is_available() and s.accelerator != "cpu"
+        devices = torch.cuda.device_count() if cuda else 1
+    assert isinstance(devices, int)
+    sizes = mesh_sizes(s, shape, world=devices * num_nodes, local=devices)
+    if sizes.tensor > 1:
+        from mamba2_train.parallel.tensor_parallel import check_divisible
+
+        check_divisible(shape, sizes.tensor, in_4bit=config.quantization.stored is not None)
+    if s.dry_run:
+        return sizes
+    return MeshStrategy(sizes, reduce_each_batch=s.reduce_each_batch, cpu_offload=s.cpu_offload)
+
+
+def announce_dry_run(config: TrainConfig, shape: Mamba2Config, sizes: Sizes) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    table, lines = dry_run(
+        shape,
+        sizes,
+        partial(adapt, config=config),
+        dtype=DTYPES[config.precision.weights],
+        quantization=config.quantization.stored,
+        products=torch.bfloat16 if config.precision.autocast else None,
+        n_tokens=config.data.batch_size * config.data.seq_len,
+        accumulate=config.trainer.accumulate,
+        reduce_each_batch=config.strategy.reduce_each_batch,
+    )
+    console.print(table)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+
+
+def build(
+    config: TrainConfig, shape: Mamba2Config, strategy: str | MeshStrategy
+) -> tuple[Mamba2LM, PeftModel | None]:
+    """The model with its adapters, on the mesh if the strategy has one."""
+    if not isinstance(strategy, MeshStrategy):
+        model = build_model(config)
+        return model, adapt(model, config)
+    settings = config.model
+    if settings.source is not None:
+        source = stored(StoredWeights(resolve(settings.source), settings.revision))
+    else:
+        source = drawn(shape, config.seed)
+    model, adapter = sharded_model(
+        shape,
+        source,
+        partial(adapt, config=config),
+        Sharding(
+            strategy.start(),
+            products=torch.bfloat16 if config.precision.autocast else None,
+            cpu_offload=strategy.cpu_offload,
+        ),
+        dtype=DTYPES[config.precision.weights],
+        quantization=config.quantization.stored,
+        beside=_trained_beside(config),
+    )
+    model.set_checkpointing(settings.checkpointing)
+    return model, adapter
+
+
+def in_one_piece(
+    config: TrainConfig, shape: Mamba2Config, tensors: dict[str, torch.Tensor]
+) -> Mamba2LM | PeftModel:
+    """What is saved of a run: the model that `tensors` are all of, or an adapter on weights that
+    are not there."""
+    model = weightless(shape, DTYPES[config.precision.weights], config.quantization.stored)
+    adapter = adapt(model, config)
+    unknown = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    assert not unknown, unknown
+    model.tie_weights()
+    return model if adapter is None else adapter
+
+
+def _trained_beside(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """Weights that an adapter to go on with has trained in full."""
+    lora = config.adapter
+    return read_in_full(folder_of(lora.source)) if lora.kind == "continue" else {}
 
 
 def build_model(config: TrainConfig) -> Mamba2LM:
@@ -216,10 +320,13 @@ def count_steps(config: TrainConfig, data: TextDataModule) -> int:
     return steps if t.max_steps is None else min(steps, t.max_steps)
 
 
-def build_trainer(config: TrainConfig, saver: Checkpoints, nonfinite: NonFinite) -> L.Trainer:
+def build_trainer(
+    config: TrainConfig, saver: Checkpoints, nonfinite: NonFinite, strategy: str | MeshStrategy
+) -> L.Trainer:
     t, s = config.trainer, config.strategy
     trainer = L.Trainer(
-        **placement(config.strategy),
+        **placement(s),
+        strategy=strategy,
         precision="bf16-mixed" if config.precision.autocast else "32-true",
         max_epochs=t.max_epochs if t.max_epochs is not None else -1,
         max_steps=t.max_steps if t.max_steps is not None else -1,
@@ -260,12 +367,7 @@ def placement(strategy: StrategyConfig) -> dict[str, Any]:
     accelerator = strategy.accelerator
     if accelerator == "auto":  # Lightning's would take a Mac's GPU, which lacks the scan's float64
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    return {
-        "accelerator": accelerator,
-        "devices": devices,
-        "num_nodes": num_nodes,
-        "strategy": {"auto": "auto", "single": "auto", "ddp": "ddp"}[strategy.kind],
-    }
+    return {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes}
 
 
 def _processes(strategy: StrategyConfig) -> tuple[int | str, int]:

@@ -1,0 +1,123 @@
+"""Lightning's strategy for models whose parameters are spread over the ranks.
+
+Lightning's own ModelParallelStrategy, with what it lacks: a mesh whose dimensions are called by
+what is split over them, one reduction of the gradients for a whole window of accumulation, and
+checkpoints that are whole or not there, of what is trained, readable by any number of ranks.
+
+    data      ranks that see different rows and share the weights (FSDP2)
+    tensor    ranks that see the same rows and share the heads of each layer
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
+
+from mamba2_train.parallel import checkpoint as sharded
+from mamba2_train.parallel.shards import give_back, reduce_gradients
+from mamba2_train.parallel.sizes import DATA, TENSOR, Sizes
+
+
+class MeshStrategy(ModelParallelStrategy):
+    """Runs a model that `start.sharded_model` has built on `device_mesh`.
+
+    Args:
+        sizes: ranks of the two dimensions; they multiply to the number of processes.
+        reduce_each_batch: reduce gradients after each micro-batch of a window, not after its last.
+        cpu_offload: parameters that are cut, and the optimizer's state of them, are on the host.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        reduce_each_batch: bool = False,
+        cpu_offload: bool = False,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        super().__init__(sizes.data, sizes.tensor, timeout=timeout)
+        self.sizes = sizes
+        self.reduce_each_batch = reduce_each_batch
+        self.cpu_offload = cpu_offload
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        data = self.device_mesh[DATA]
+        return {"num_replicas": data.size(), "rank": data.get_local_rank()}
+
+    def start(self) -> DeviceMesh:
+        """Start the processes, if nobody has, and connect them: a model is built on the mesh."""
+        if self.launcher is not None:
+            self.launcher.launch(self.setup_environment)
+        else:
+            self.setup_environment()
+        return self.device_mesh
+
+    def setup_environment(self) -> None:
+        """Lightning comes here for each validation and fit; one mesh serves all."""
+        ParallelStrategy.setup_environment(self)
+        self._setup_distributed()
+        if self._device_mesh is None:
+            self._device_mesh = init_device_mesh(
+                self.root_device.type, tuple(self.sizes), mesh_dim_names=(DATA, TENSOR)
+            )
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """The model is on its devices already, in its own dtypes."""
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.barrier()
+        give_back(self._module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        assert self.model is not None
+        if self.reduce_each_batch:
+            yield
+            return
+        reduce_gradients(self.model, False)
+        try:
+            yield
+        finally:
+            reduce_gradients(self.model, True)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return sharded.weights(self._module)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return sharded.optimizer_state(self._module, getattr(optimizer, "_optimizer", optimizer))
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        sharded.save(checkpoint, Path(self.broadcast(str(filepath))), self)
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        path = Path(self.broadcast(str(checkpoint_path)))
+        return sharded.load(path, self._module, self.optimizers)
+
+    @property
+    def _module(self) -> L.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+
+def data_ranks(trainer: L.Trainer) -> tuple[int, Any]:
+    """How many ranks see rows of their own, and their process group; None: all that there are."""
+    strategy = trainer.strategy
+    if isinstance(strategy, MeshStrategy):
+        return strategy.sizes.data, strategy.device_mesh[DATA].get_group()
+    return trainer.world_size, None

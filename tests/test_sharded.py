@@ -1,0 +1,361 @@
+"""Strategies that shard: N ranks come to what one process comes to.
+
+The truth is a loop written out here, in one process: the token mean of a step's batches, torch's
+clipping, AdamW. The ranks run tests/distributed/sharded_steps.py under torchrun.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from mamba2_train.adapters import load_adapter
+from mamba2_train.assets import FOLDER
+from mamba2_train.checkpoint import load_pretrained, save_pretrained
+from mamba2_train.commands import extend_hydra
+from mamba2_train.data.tokenizer import load_tokenizer, save_tokenizer
+from mamba2_train.errors import UserError
+from mamba2_train.model import Mamba2Config, Mamba2LM, initialize
+from mamba2_train.optim import build_optimizer
+from mamba2_train.parallel.checkpoint import is_whole, load_whole
+from mamba2_train.parallel.dry_run import dry_run
+from mamba2_train.parallel.sizes import Sizes, mesh_sizes
+from mamba2_train.schema import StrategyConfig, TrainConfig, validated
+
+HERE = Path(__file__).parent / "distributed"
+BIN = Path(sys.executable).parent
+sys.path.insert(0, str(HERE))
+from sharded_steps import ACCUMULATE, CLIP, DTYPES, OPTIMIZER, STEPS, adapt, batches  # noqa: E402
+
+CASES = ["full-float32", "lora-float32", "nf4-float32", "full-float64", "lora-float64"]
+BROKEN = ["full-float64-means", "full-float64-unreduced"]
+
+
+def launch(n, script, *arguments, cwd=None, timeout=240):
+    done = subprocess.run(
+        [BIN / "torchrun", "--standalone", f"--nproc-per-node={n}", *script, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-12000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, small_config, random_model):
+    folder = tmp_path_factory.mktemp("sharded")
+    shape = small_config(n_groups=2, use_bias=True, d_model=64)  # nf4 takes 64 weights at a time
+    for name, dtype in DTYPES.items():
+        save_pretrained(random_model(shape, dtype=dtype), folder / name)
+    large = Mamba2Config(d_model=1024, n_layers=8, vocab_size=4096)
+    save_pretrained(initialize(Mamba2LM(large)), folder / "large", max_shard_size="5GB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(folder):
+    """Results by case, of two ranks that share the rows."""
+    return results(folder, "2x1", *CASES, *BROKEN, "memory")
+
+
+@pytest.fixture(scope="module", params=["1x2", "2x2"])
+def split(folder, request):
+    """Results by case, of two ranks that share the heads, and of two times two."""
+    return results(folder, request.param, *CASES)
+
+
+def results(folder, sizes, *cases):
+    data, tensor = map(int, sizes.split("x"))
+    launch(data * tensor, [HERE / "sharded_steps.py"], folder, sizes, *cases)
+    files = {case: folder / f"{sizes}-{case}.pt" for case in cases}
+    return {c: torch.load(f if f.exists() else folder / f"{c}.pt") for c, f in files.items()}
+
+
+def truth(folder, case):
+    variant, dtype, *_ = case.split("-")
+    kind = "nf4" if variant == "nf4" else None
+    model = load_pretrained(folder / dtype, quantization=kind)
+    adapt(model, variant)
+    model.train()
+    optimizer = build_optimizer(model, OPTIMIZER)
+    trained = {n.replace(".base_layer", ""): p for n, p in model.named_parameters()}
+    trained = {n: p for n, p in trained.items() if p.requires_grad}
+    found = {"losses": [], "gradients": {}}
+    everything = batches()
+    per_step = ACCUMULATE * 2
+    for step in range(STEPS):
+        total, count = 0.0, 0
+        for batch in everything[step * per_step : (step + 1) * per_step]:
+            length = int((batch["seq_idx"][0] >= 0).sum())
+            ids = batch["input_ids"][:, :length]  # alone, without padding
+            logits = model(ids).logits[0, :-1]
+            total = total + F.cross_entropy(logits, ids[0, 1:], reduction="sum")
+            count += length - 1
+        optimizer.zero_grad()
+        (total / count).backward()
+        found["losses"].append((total / count).item())
+        if step == 0:
+            found["gradients"] = {n: p.grad.clone() for n, p in trained.items()}
+        torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
+        optimizer.step()
+    return found | {"weights": {n: p.detach() for n, p in trained.items()}}
+
+
+def error(got, expected):
+    assert got.keys() == expected.keys()
+    return max(
+        ((got[n].double() - e.double()).norm() / e.double().norm()).item()
+        for n, e in expected.items()
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one_process(folder, sharded, case):
+    ours, theirs = sharded[case], truth(folder, case)
+    double = case.endswith("64")
+    # the logged loss is float32
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6 if double else 1e-5)
+    assert error(ours["gradients"], theirs["gradients"]) < (1e-10 if double else 1e-5)
+    assert error(ours["weights"], theirs["weights"]) < (1e-10 if double else 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_split_heads_equal_one_process(folder, split, case):
+    test_two_ranks_equal_one_process(folder, split, case)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_the_comparison_sees_a_wrong_reduction(folder, sharded, case):
+    assert error(sharded[case]["gradients"], truth(folder, case)["gradients"]) > 1e-2
+
+
+def test_no_rank_holds_the_whole_model(folder, sharded):
+    largest = 4 * 4096 * 1024 * 1.1
+    for grown, held in sharded["memory"]:
+        assert grown < 1.2 * held + largest, f"{grown / 1e6:.0f} MB for a share of {held / 1e6:.0f}"
+
+
+# 16 rows: both numbers of ranks see the same in each step, also in an epoch's last
+RUN = [
+    "model.source=base",
+    "data=local",
+    "data.source=rows.jsonl",
+    "data.packing=none",
+    "data.validation_source=held_out.jsonl",
+    "data.batch_size=2",
+    "adapter.r=3",
+    "adapter.train=[conv1d,A_log,norm]",
+    "trainer.max_epochs=null",
+    "trainer.max_steps=6",
+    "trainer.validate_every=3",
+    "trainer.log_every=1",
+    "trainer.progress_bar=false",
+    "callbacks.saving.every_steps=2",
+    "callbacks.samples.prompts=[Love]",
+    "callbacks.samples.max_new_tokens=3",
+    "logger=csv",
+]
+TWO = ["strategy=fsdp", "trainer.accumulate=2"]
+ALONE = ["strategy=single", "trainer.accumulate=4"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A tiny model, rows of unequal length, and a run of six steps on two ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    tokenizer = load_tokenizer(FOLDER / "tiny_base")
+    shape = Mamba2Config(d_model=16, n_layers=2, vocab_size=4096, d_state=8, headdim=8)
+    save_pretrained(initialize(Mamba2LM(shape), seed=1), folder / "base")
+    save_tokenizer(tokenizer, folder / "base")
+    rows = [{"text": " ".join(str(i * j) for j in range(3 + i % 5))} for i in range(16)]
+    for name, some in (("rows", rows), ("held_out", rows[:5])):
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (folder / f"{name}.jsonl").write_text(text)
+    train(folder, 2, *TWO, "run_dir=two")
+    return folder
+
+
+def train(folder, n, *arguments):
+    if n > 1:
+        return launch(n, ["-m", "mamba2_train"], *RUN, *arguments, cwd=folder)
+    return command(folder, "mamba2-train", *RUN, *arguments)
+
+
+def command(folder, name, *arguments):
+    done = subprocess.run(
+        [BIN / name, *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def saved(run, step=6):
+    """(weights, optimizer state by name) of a checkpoint, a folder or a file."""
+    folder = run / "checkpoints"
+    path = folder / f"step-{step:08d}"
+    if path.is_dir():
+        checkpoint = load_whole(path)
+        state = checkpoint["optimizers"][0]["tensors"]
+        return checkpoint["state_dict"], {n: t for n, t in state.items() if "optimizer." in n}
+    checkpoint = torch.load(path.with_suffix(".ckpt"), weights_only=True)
+    return checkpoint["state_dict"], None
+
+
+def losses(run):
+    with (run / "csv" / "metrics.csv").open() as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+def test_a_resumed_run_comes_to_the_same_bits(runs):
+    """Dropout included: each rank's random state is its own."""
+    train(runs, 2, *TWO, "run_dir=again", "resume=two/checkpoints/step-00000004")
+    for ours, theirs in zip(saved(runs / "again"), saved(runs / "two"), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert losses(runs / "again") == losses(runs / "two")
+    both = [(runs / run / "adapter" / "adapter_model.safetensors") for run in ("again", "two")]
+    assert both[0].read_bytes() == both[1].read_bytes()
+
+
+def test_one_process_goes_on_from_two_ranks_and_back(runs):
+    """To what two ranks come to by themselves. Without dropout: its draws are a rank's own."""
+    plain = "adapter.dropout=0"
+    train(runs, 2, *TWO, plain, "run_dir=plain")
+    train(runs, 1, *ALONE, plain, "run_dir=alone", "resume=plain/checkpoints/step-00000004")
+    assert error(saved(runs / "alone")[0], saved(runs / "plain")[0]) < 1e-6
+    longer = "trainer.max_steps=8"
+    train(runs, 2, *TWO, plain, "run_dir=back", "resume=alone", longer)
+    train(runs, 1, *ALONE, plain, "run_dir=stayed", "resume=alone", longer)
+    assert error(saved(runs / "back", 8)[0], saved(runs / "stayed", 8)[0]) < 1e-6
+
+
+def test_what_a_run_leaves(runs):
+    """The adapter is the checkpoint's, and loads in a model of one process."""
+    steps = sorted(p.name for p in (runs / "two" / "checkpoints").iterdir())
+    assert steps == ["step-00000003", "step-00000004", "step-00000006"]  # best, and the newest two
+    result = json.loads((runs / "two" / "result.json").read_text())
+    model = load_pretrained(runs / "base")
+    load_adapter(model, runs / "two" / "adapter")
+    weights = {f"model.{n}": p for n, p in model.named_parameters() if "base_layer" not in n}
+    step = result.get("best_step", 6)
+    for name, value in saved(runs / "two", step)[0].items():
+        assert torch.equal(weights[name], value), name
+    assert (runs / "two" / "samples.jsonl").read_text().count("Love") == 1
+
+
+def test_a_damaged_folder_is_seen(runs, tmp_path):
+    whole = runs / "two" / "checkpoints" / "step-00000006"
+    assert is_whole(whole)
+    for name in sorted(p.name for p in whole.iterdir()):
+        copy = tmp_path / "step-00000006"
+        shutil.copytree(whole, copy)
+        content = bytearray((copy / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (copy / name).write_bytes(content)
+        assert not is_whole(copy), name
+        shutil.rmtree(copy)
+
+
+def test_a_checkpoint_of_two_ranks_is_exported(runs):
+    """As an adapter, the one that the run has written at its end; and merged, in either layout."""
+    best = json.loads((runs / "two" / "result.json").read_text()).get("best_step", 6)
+    path = f"checkpoint=two/checkpoints/step-{best:08d}"
+    command(runs, "mamba2-export", path, "merge=false", "out=adapter")
+    for name in ("adapter_model.safetensors", "trained_in_full.safetensors"):
+        assert (runs / "adapter" / name).read_bytes() == (
+            runs / "two" / "adapter" / name
+        ).read_bytes()
+    command(runs, "mamba2-export", "checkpoint=two", "out=from_adapter")
+    expected = load_pretrained(runs / "from_adapter").state_dict()
+    for layout in ("huggingface", "state-spaces"):
+        command(runs, "mamba2-export", path, f"layout={layout}", f"out={layout}")
+        ours = load_pretrained(runs / layout).state_dict()
+        assert all(torch.equal(ours[name], w) for name, w in expected.items())
+
+
+# of a model with 8 heads: strategy, processes of one node, and the cure
+MISTAKES = {
+    "fsdp_tp data_size=3 tensor_size=2, 4": "data_size=2 strategy.tensor_size=2",
+    "fsdp_tp tensor_size=3, 6": "data_size=3 strategy.tensor_size=2",
+    "tp, 3": "use strategy=fsdp",
+    "fsdp tensor_size=2, 2": "use strategy=fsdp_tp",
+    "tp data_size=2, 2": "use strategy=fsdp_tp",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_sizes_that_do_not_fit_are_refused(small_config, mistake):
+    settings, n = mistake.split(", ")
+    kind, *sizes = settings.split()
+    values = {key: int(size) for key, size in (s.split("=") for s in sizes)}
+    strategy = StrategyConfig(kind=kind, **values)
+    shape = small_config()
+    with pytest.raises(UserError, match=re.escape(MISTAKES[mistake])):
+        mesh_sizes(strategy, shape, world=int(n), local=int(n))
+
+
+def test_sizes_are_filled_in(small_config):
+    def sizes(world, local, kind, **given):
+        return mesh_sizes(StrategyConfig(kind=kind, **given), small_config(), world, local)
+
+    assert sizes(16, 8, "fsdp") == (16, 1)
+    assert sizes(8, 8, "tp") == (1, 8)
+    assert sizes(16, 8, "fsdp_tp") == (2, 8)
+    assert sizes(16, 8, "fsdp_tp", tensor_size=2) == (8, 2)
+    assert sizes(16, 8, "fsdp_tp", data_size=4) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cure"),
+    [
+        (["optimizer=adamw_8bit"], "use optimizer=adamw"),
+        (["optimizer=muon"], "use optimizer=adamw"),
+        (["quantization=int8", "precision=bf16"], "quantization=nf4, or strategy=ddp"),
+        (["adapter.dora=true"], "strategy=ddp"),
+        (["adapter.init=pissa"], "strategy=ddp"),
+        (["strategy=ddp", "strategy.tensor_size=2"], "use strategy=fsdp"),
+    ],
+)
+def test_pairs_that_do_not_work_are_refused(overrides, cure):
+    extend_hydra()
+    with initialize_config_module("mamba2_configs", version_base="1.3"):
+        composed = compose("train", ["strategy=fsdp", *overrides])
+    with pytest.raises(UserError, match=cure):
+        validated(TrainConfig, OmegaConf.to_container(composed, resolve=True))
+
+
+def test_a_dry_run_tells_what_a_rank_holds(sharded):
+    """Without processes or weights: as many bytes as were counted on a rank that had them."""
+    table, lines = dry_run(
+        Mamba2Config(d_model=1024, n_layers=8, vocab_size=4096),
+        Sizes(2, 1),
+        lambda model: None,
+        dtype=torch.float32,
+        quantization=None,
+        products=None,
+        n_tokens=256,
+        accumulate=1,
+        reduce_each_batch=False,
+    )
+    _, held = sharded["memory"][0]
+    assert f"weights {held / 1e6:.3g} MB" in lines[1]
+    assert table.row_count == 11  # embeddings, norms, and what a block has
+    assert not torch.distributed.is_initialized()
