@@ -6,6 +6,7 @@ resume=PATH    that checkpoint, or the newest of that run; the run goes on in ru
 
 import json
 import logging
+import os
 import shutil
 import zipfile
 import zlib
@@ -124,8 +125,10 @@ def check_config(resumed: Resumed, config: TrainConfig) -> None:
     """Raise a UserError that names the settings which differ and change the numbers."""
     then, now = _flat(resumed.run["config"]), _flat(config.model_dump(mode="json"))
     free: tuple[str, ...] = FREE
-    if resumed.run["rows"] % (config.data.batch_size * config.trainer.accumulate) == 0:
-        free += ROWS  # of another number of ranks, which `identity` will know
+    per_rank = config.data.batch_size * config.trainer.accumulate
+    ranks, rest = divmod(resumed.run["rows"], per_rank)
+    if not rest and ranks and _processes(config) % ranks == 0:
+        free += ROWS  # as many rows on another number of ranks, which `identity` counts
     changed = [
         f"{key} was {then[key]} and is {now.get(key)}"
         for key in then
@@ -142,6 +145,13 @@ def check_config(resumed: Resumed, config: TrainConfig) -> None:
                 "%s was %s and is %s: the learning rate follows the new length",
                 *(key, then[key], now[key]),
             )
+
+
+def _processes(config: TrainConfig) -> int:
+    """That the run has or is about to have."""
+    s = config.strategy
+    devices = s.devices if s.devices != "auto" else max(torch.cuda.device_count(), 1)
+    return int(os.environ.get("WORLD_SIZE", devices * s.num_nodes))
 
 
 def inherit(resumed: Resumed, run_dir: Path) -> None:
