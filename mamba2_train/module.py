@@ -91,6 +91,16 @@ class Mamba2Module(L.LightningModule):
         self.window = TokenMean()  # the micro-batches of one optimizer step
         self.validation = TokenMean()
 
+    def on_train_start(self) -> None:
+        """The first step's learning rate: a run that goes on may have another length, and what it
+        was saved with is of the old one."""
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+            rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            for group, (base, factor) in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = base * factor(scheduler.last_epoch)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss_sum, n_tokens = self._losses(batch)
         self.window.add(loss_sum, n_tokens)

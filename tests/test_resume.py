@@ -215,6 +215,18 @@ def test_killed_again_and_again_it_comes_to_the_same_bits(folder, truth, server)
     assert not list((folder / "killed" / "checkpoints").glob("*.tmp"))
 
 
+def test_a_longer_run_has_its_own_learning_rates(folder, server):
+    """From the first step that it adds on: what was saved is of the shorter run's schedule."""
+    finish(folder, "run_dir=short", "trainer.max_steps=3", server=server)
+    finish(folder, "run_dir=short", "trainer.max_steps=7", "resume=auto", server=server)
+    finish(folder, "run_dir=long", "trainer.max_steps=7", server=server)
+    rates = [
+        [row["train/lr"] for row in curves(folder / name) if "train/lr" in row]
+        for name in ("short", "long")
+    ]
+    assert rates[0][3:] == rates[1][3:] and len(rates[0]) == 7
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_killed_at_many_places(folder, truth):

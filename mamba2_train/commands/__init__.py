@@ -115,6 +115,8 @@ def _quiet() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     # its retries are of no use to anybody once the error says what could not be reached
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # rows cut by two meshes take two gathers, which is slow where it is rare: samples, checkpoints
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 
 

@@ -3,7 +3,7 @@
 strategy   data_size     tensor_size
 fsdp       all           1
 tp         1             all
-fsdp_tp    the rest      as asked, or those of one node
+fsdp_tp    the rest      as asked; otherwise those of one node, or 2 where there is only one
 """
 
 from typing import NamedTuple
@@ -46,7 +46,8 @@ def mesh_sizes(strategy: StrategyConfig, shape: Mamba2Config, world: int, local:
         if data is not None:
             tensor = world // data or 1
         else:
-            tensor = world if strategy.kind == "tp" else local
+            of_node = local if world > local or local % 2 else 2
+            tensor = world if strategy.kind == "tp" else of_node
     if data is None:
         data = world // tensor or 1
     possible = [t for t in range(1, world + 1) if world % t == 0 and shape.n_heads % t == 0]
