@@ -224,7 +224,8 @@ def test_a_longer_run_has_its_own_learning_rates(folder, server):
         [row["train/lr"] for row in curves(folder / name) if "train/lr" in row]
         for name in ("short", "long")
     ]
-    assert rates[0][3:] == rates[1][3:] and len(rates[0]) == 7
+    assert len(rates[0]) == 7
+    assert rates[0][3:] == rates[1][3:]
 
 
 @pytest.mark.slow
