@@ -348,6 +348,8 @@ def build_trainer(
             saver,
         ],
         enable_checkpointing=False,  # Lightning's own
+        # FSDP2 keeps what it gathers, and a backward cannot use a tensor of inference mode
+        inference_mode=not isinstance(strategy, MeshStrategy),
         plugins=[WholeOrNot()],
     )
     validate_every(trainer, t.validate_every)

@@ -111,6 +111,8 @@ def read_weights(
     regions: dict[str, list[Region]] = {}
     for path, module, key, p in _parameters(model):
         if not p.is_meta:
+            if cpu_offload and isinstance(p, DTensor):  # an adapter's, cut on the device
+                module._parameters[key] = _parameter(p, p.to_local().cpu())
             continue
         places.setdefault(id(p), []).append((module, key))
         if len(places[id(p)]) > 1:
