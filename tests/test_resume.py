@@ -215,6 +215,14 @@ def test_killed_again_and_again_it_comes_to_the_same_bits(folder, truth, server)
     assert not list((folder / "killed" / "checkpoints").glob("*.tmp"))
 
 
+def test_sigusr1_saves_at_the_end_of_the_step(folder, server):
+    code, said = launch(folder, "batch:3:SIGUSR1", "run_dir=usr1", server=server)
+    assert code == 128 + signal.SIGUSR1, said
+    # in the first batch of the second window, which a single process need not end
+    assert "stopped by SIGUSR1; saved at step 1" in said
+    assert [p.name for p in (folder / "usr1" / "checkpoints").iterdir()] == ["step-00000001.ckpt"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_killed_at_many_places(folder, truth):
