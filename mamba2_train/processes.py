@@ -97,6 +97,7 @@ def open_log(run_dir: Path) -> None:
     log_only.info("rank %d, process %d on %s, restart %s", rank(), os.getpid(), host, restarts)
 
 
+@cache
 def is_first_to_fail() -> bool:
     """Whether this process is to say why: the first that failed knows the cause, the others fail
     because of it, or in the same way."""

@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,10 @@ class Run:
         alone = mesh_of(self.module.model) is None  # else all of them are needed
         if not settings.prompts or (alone and not self.trainer.is_global_zero):
             return [""] * len(settings.prompts)
-        return continuations(self.module.model, self.tokenizer, settings, seed=self.config.seed)
+        # blocks spread over ranks are gathered in autocast's dtype
+        autocast = nullcontext() if alone else self.trainer.precision_plugin.forward_context()
+        with autocast:
+            return continuations(self.module.model, self.tokenizer, settings, seed=self.config.seed)
 
     def _gathered(self) -> Mamba2LM | PeftModel:
         """What has been made, on the first rank in one piece."""

@@ -311,6 +311,17 @@ def test_a_fault_is_said_once_and_ends_all_ranks(folder, fault):
         assert "restart 1" not in log(folder / "one", 0)
 
 
+@pytest.mark.slow
+def test_a_bug_shows_its_traceback_once(folder):
+    code, said = launch(folder, "batch:2:BUG@1", "run_dir=bug")
+    assert code != 0
+    assert said.count("ValueError: a bug of rank 1") == 1, said
+    assert said.count("in training_step") + said.count("in struck") >= 1
+    assert "ValueError: a bug of rank 1" in log(folder / "bug", 1)
+    # it fails as a consequence, and that is no news
+    assert "Connection closed" not in said
+
+
 def test_restarts_that_could_not_work_are_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")

@@ -228,6 +228,14 @@ def test_a_longer_run_has_its_own_learning_rates(folder, server):
     assert rates[0][3:] == rates[1][3:]
 
 
+def test_sigusr1_saves_at_the_end_of_the_step(folder, server):
+    code, said = launch(folder, "batch:3:SIGUSR1", "run_dir=usr1", server=server)
+    assert code == 128 + signal.SIGUSR1, said
+    # in the first batch of the second window, which a single process need not end
+    assert "stopped by SIGUSR1; saved at step 1" in said
+    assert [p.name for p in (folder / "usr1" / "checkpoints").iterdir()] == ["step-00000001.ckpt"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_killed_at_many_places(folder, truth):

@@ -1,12 +1,14 @@
-"""The installed `mamba2-train`, with a fault put into it: run by tests/test_resume.py.
+"""The installed `mamba2-train`, with a fault put into it: run by tests/test_resume.py
+and tests/test_faults.py.
 
     python faulty_train.py FAULT COMMAND ARGUMENTS...
 
 FAULT is PLACE:N, where the process kills itself with SIGKILL when it comes to PLACE for the N-th
 time, or PLACE:N:SIGNAL to be sent that signal there, or PLACE:N:HANG to stay there, or PLACE:N:FAIL
-to raise a UserError; or `none`. Of several ranks the first does so, or the one in FAULT@RANK, or
-FAULT@agent gives the signal to torchrun; what torchrun has restarted does not. `FAULT+forget_rng`
-and `FAULT+forget_position` break the restoring of those, `FAULT+slow` makes a batch take 0.3 s.
+or PLACE:N:BUG to raise a UserError or a ValueError; or `none`. Of several ranks the first does so,
+or the one in FAULT@RANK, or FAULT@agent gives the signal to torchrun; what torchrun has restarted
+does not. `FAULT+forget_rng` and `FAULT+forget_position` break the restoring of those, `FAULT+slow`
+makes a batch take 0.3 s.
 
     python faulty_train.py serve
 
@@ -66,10 +68,13 @@ def tear_save(n):
     """Die in the N-th save, when a part of it has been written."""
     original = torch.save
 
-    def torn(value, file):
+    def torn(value, file, **options):
         nonlocal n
-        n -= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        original(value, HalfWritten(file, 20_000) if n == 0 else file)
+        # torch saves tensors in this way too when ranks exchange them
+        if str(getattr(file, "name", "")).endswith(saving.TEMPORARY):
+            n -= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+            file = HalfWritten(file, 20_000) if n == 0 else file
+        original(value, file, **options)
 
     saving.torch.save = torn
 
@@ -83,6 +88,8 @@ def strike(name, who):
         time.sleep(600)
     if name == "FAIL":
         raise UserError(f"a fault of rank {who}")
+    if name == "BUG":
+        raise ValueError(f"a bug of rank {who}")
     target = os.getppid() if who == "agent" else os.getpid()
     os.kill(target, getattr(signal, name))
 
