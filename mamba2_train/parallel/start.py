@@ -199,7 +199,7 @@ def _parameter(p: nn.Parameter, value: Tensor) -> nn.Parameter:
     """`value` where `p` is, on the device of `value`."""
     if isinstance(p, DTensor):
         # `DTensor.from_local` would move it to the mesh's device
-        whole = torch.empty_like(p, device=value.device, requires_grad=False)
+        whole: Any = torch.empty_like(p, device=value.device, requires_grad=False)
         whole.to_local().copy_(value)
         value = whole
     return nn.Parameter(value, requires_grad=p.requires_grad)
