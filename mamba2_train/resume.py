@@ -34,6 +34,7 @@ FREE = (
     *("trainer.log_every", "trainer.progress_bar", "model.checkpointing"),
     *("model.source", "model.revision", "model.tokenizer", "model.preset"),
     *("data.source", "data.validation_source", "data.chat_template", "data.num_workers"),
+    "long_context.offload",
     *("data.preview", "data.on_bad_row"),  # what was read so far was good, or is left out still
 )
 SOURCES = ("source", "validation_source")

@@ -84,7 +84,12 @@ def main(config: TrainConfig) -> None:
     data.trainer = trainer
     total_steps = count_steps(config, data)
     module = Mamba2Module(
-        model, config.optimizer, config.scheduler, total_steps, config.adapter.lora_plus_ratio
+        model,
+        config.optimizer,
+        config.scheduler,
+        total_steps,
+        config.adapter.lora_plus_ratio,
+        config.long_context,
     )
     run = Run(config, trainer, module, data, tokenizer, adapter, saver, started, resumed)
     run.announce()

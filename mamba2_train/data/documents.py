@@ -370,7 +370,8 @@ def _refuse_nothing(counts: dict[str, int], origin: str, config: DataConfig) -> 
 
 def _cuts(length: int, row: Row, config: DataConfig) -> list[int]:
     """Where a document of `length` tokens begins, is cut, and ends."""
-    whole = config.packing == "wrapped" and config.long_documents == "split"  # cut in packing
+    cut_later = config.packing in ("wrapped", "continued")
+    whole = cut_later and config.long_documents == "split"
     if length <= config.seq_len or whole:
         return [0, length]
     if config.long_documents == "error":

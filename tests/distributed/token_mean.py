@@ -11,7 +11,7 @@ import torch
 
 from mamba2_train.model import Mamba2Config, Mamba2LM, initialize
 from mamba2_train.module import Mamba2Module
-from mamba2_train.schema import AdamWConfig, SchedulerConfig
+from mamba2_train.schema import AdamWConfig, ExactConfig, SchedulerConfig
 
 STEPS = 3
 LENGTHS = (2, 23, 9, 17)  # of the documents of a step: 1, 22, 8 and 16 tokens are predicted
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--clip", type=float, default=None)
+    parser.add_argument("--segment-len", type=int, default=None)
     arguments = parser.parse_args()
     model = initialize(
         Mamba2LM(Mamba2Config(d_model=32, n_layers=1, vocab_size=64, d_state=16, headdim=16))
@@ -49,6 +50,8 @@ def main() -> None:
         AdamWConfig(kind="adamw", lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1),
         SchedulerConfig(kind="constant", warmup_fraction=0.0, min_lr_fraction=1.0),
         total_steps=STEPS,
+        long_context=arguments.segment_len
+        and ExactConfig(kind="exact", segment_len=arguments.segment_len),
     )
     trainer = L.Trainer(
         accelerator="cpu",
