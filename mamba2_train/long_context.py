@@ -205,12 +205,16 @@ class GradientSync:
             prepare_for_backward(self.ddp, None)
 
 
-def state_bytes(config: Mamba2Config, rows: int, dtype: torch.dtype) -> int:
-    """Of the state of all layers between two segments: conv tails in the dtype of the products, SSM
-    states in float32."""
-    conv = (config.d_conv - 1) * config.d_conv_channels * dtype.itemsize
-    ssm = config.n_heads * config.headdim * config.d_state * 4
-    return rows * config.n_layers * (conv + ssm)
+def zero_state(config: Mamba2Config, rows: int, dtype: torch.dtype) -> Mamba2State:
+    """The state of rows that have seen nothing, for a model whose products are in `dtype`."""
+    tails = (rows, config.d_conv - 1, config.d_conv_channels)
+    matrices = (rows, config.n_heads, config.headdim, config.d_state)
+    wide = torch.promote_types(dtype, torch.float32)
+    layers = [
+        LayerState(torch.zeros(tails, dtype=dtype), torch.zeros(matrices, dtype=wide))
+        for _ in range(config.n_layers)
+    ]
+    return Mamba2State(layers, torch.full((rows,), -1, dtype=torch.int32))
 
 
 def _tensors(state: Mamba2State | None) -> list[Tensor]:

@@ -4,13 +4,11 @@ The truth is the ordinary model on the whole sequence; where random numbers are 
 graph of all segments; and, for truncated gradients, the whole lane in one pass.
 """
 
-import dataclasses
-
 import pytest
 import torch
 
 from mamba2_train.adapters import add_lora
-from mamba2_train.long_context import ExactStep, aligned, continued, cut, evaluated
+from mamba2_train.long_context import ExactStep, aligned, continued, cut, evaluated, zero_state
 from mamba2_train.quantization import is_quantized, quantize
 from mamba2_train.saving import rng_state
 
@@ -233,10 +231,10 @@ def test_truncated_carries_states_and_no_gradient(small_config, random_model):
     assert (found[name] - truth[2][name]).norm() > 1e-3 * truth[2][name].norm()
 
 
-def test_shape_of_states(small_config, random_model):
-    from mamba2_train.long_context import state_bytes
-
-    config = dataclasses.replace(small_config(n_groups=2), n_layers=3)
-    model = random_model(config, dtype=torch.bfloat16)
-    made = sum(t.nbytes for layer in state_of(model).layers for t in layer)
-    assert state_bytes(config, rows=2, dtype=torch.bfloat16) == made
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_zero_state_is_as_a_model_returns_it(small_config, random_model, dtype):
+    config = small_config(n_groups=2, n_layers=3)
+    made = state_of(random_model(config, dtype=dtype))
+    for layer, expected in zip(zero_state(config, 2, dtype).layers, made.layers, strict=True):
+        for ours, theirs in zip(layer, expected, strict=True):
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)

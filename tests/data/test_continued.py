@@ -54,9 +54,7 @@ def lanes(made):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_lanes_hold_every_document_once_and_predict_all_it_teaches(
-    documents, batch_size, shuffle
-):
+def test_lanes_hold_every_document_once_and_predict_all_it_teaches(documents, batch_size, shuffle):
     found = lanes(batches(documents, batch_size=batch_size, shuffle=shuffle))
     stream = {name: torch.cat([lane[name] for lane in found]) for name in found[0]}
     seen = []
