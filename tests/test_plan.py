@@ -300,33 +300,37 @@ def test_checkpointing_and_precision_order_as_they_should():
 
 def test_a_million_tokens_of_codestral():
     """In the memory of one segment and 127 states: the arithmetic by hand."""
-    million = ["data.seq_len=1048576", "data.batch_size=1", "precision=bf16"]
-    run = ["adapter=lora", "model.checkpointing=full", *million]
+    run = ["adapter=lora", "model.checkpointing=full", "precision=bf16"]
+    run += ["data.seq_len=1048576", "data.batch_size=1"]
     codestral = PRESETS["mamba-codestral-7b"]
     plan = planned(codestral, *run, "long_context=exact")
     state = 64 * (128 * 64 * 128 * 4 + 3 * (8192 + 2 * 8 * 128) * 2)
     here = plan.memory()
     assert here.states == 127 * state
     assert here.fits(80)
-    there = planned(codestral, *run, "long_context=exact", "long_context.offload=true").memory()
+    on_host = configured(*run, "long_context=exact", "long_context.offload=true")
+    there = plan.of(on_host).memory()
     assert (there.states, there.on_host) == (0, 127 * state)
     assert here.peak - there.peak == 125 * state  # but those of the segment that is computed
-    whole = planned(codestral, *run)
-    assert not whole.memory().fits(80)
-    # a second forward pass of all
-    forward, step = whole.flops()
-    assert plan.flops() == (forward, step + forward)
-    one = planned(codestral, *run, "data.seq_len=8192")
-    exact_of_one = planned(codestral, *run, "data.seq_len=8192", "long_context=exact")
-    assert exact_of_one.memory() == one.memory()
-    # a segment between two others takes 4 states more, and finds the gradients there
-    more = there.peak - one.memory().peak
-    assert 2 * state <= more <= 4 * state + here.gradients
+    forward, step = planned(codestral, *run).flops()
+    assert plan.flops() == (forward, step + forward)  # a second forward pass of all
+
+
+def test_a_segment_beside_a_row_of_its_length():
+    row = ["adapter=full", "data.batch_size=2"]
+    whole = planned(SMALL, *row, "data.seq_len=256").memory()
+    exact = [*row, "long_context=exact", "long_context.segment_len=256"]
+    assert planned(SMALL, *exact, "data.seq_len=256").memory() == whole
+    segment = planned(SMALL, *exact, "data.seq_len=1024", "long_context.offload=true").memory()
+    state = segment.on_host / 3
+    # it begins and ends in a state and has the gradients of both, and those of the weights
+    assert 2 * state <= segment.peak - whole.peak <= 4 * state + whole.gradients
 
 
 def test_a_cure_for_long_rows_is_to_cut_them():
-    plan = planned(SMALL, "adapter=full", "data.seq_len=65536", "data.batch_size=1")
-    limit = planned(SMALL, "adapter=full", "data.seq_len=16384", "data.batch_size=1").memory().peak
+    shape = dataclasses.replace(SMALL, n_layers=2)
+    plan = planned(shape, "adapter=full", "data.seq_len=65536", "data.batch_size=1")
+    limit = planned(shape, "adapter=full", "data.seq_len=16384", "data.batch_size=1").memory().peak
     flags, memory = cure(plan, lambda m: m.peak <= limit)
     assert flags == {"long_context": "exact"}
     assert memory.states
