@@ -4,6 +4,8 @@ The truth is the ordinary model on the whole sequence; where random numbers are 
 graph of all segments; and, for truncated gradients, the whole lane in one pass.
 """
 
+import contextlib
+
 import pytest
 import torch
 
@@ -107,20 +109,26 @@ def test_lora_over_a_frozen_base(small_config, random_model, targets, quantizati
     assert_equal(in_segments(model, batch, 16), whole(model, batch), torch.float32)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_dropout_is_replayed(small_config, random_model, checkpointing):
-    """The truth is one graph of all segments, which draws each mask once."""
-    model = with_lora(random_model(small_config(), dtype=torch.float64), dropout=0.1)
-    model.double()
-    batch = rows("packed")
-    torch.manual_seed(5)
+def one_graph(model, batch):
+    """Of all segments, each computed once."""
     losses, n_tokens, state = [], 0, None
     for segment in cut(batch, 16):
         out = model(**segment, state=state, return_state=True, reduction="sum")
         losses.append(out.loss)
         n_tokens, state = n_tokens + out.n_tokens, out.state
-    sum(losses).backward()
-    truth = sum(losses).detach(), n_tokens, gradients(model)
+    return sum(losses), n_tokens
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_dropout_is_replayed(small_config, random_model, checkpointing):
+    """The truth is one graph, which draws each mask once."""
+    model = with_lora(random_model(small_config(), dtype=torch.float64), dropout=0.1)
+    model.double()
+    batch = rows("packed")
+    torch.manual_seed(5)
+    loss, n_tokens = one_graph(model, batch)
+    loss.backward()
+    truth = loss.detach(), n_tokens, gradients(model)
     after = rng_state(torch.device("cpu"))["cpu"]
 
     model.set_checkpointing(checkpointing)
@@ -130,6 +138,33 @@ def test_dropout_is_replayed(small_config, random_model, checkpointing):
     torch.manual_seed(6)
     with pytest.raises(AssertionError):
         assert_equal(in_segments(model, batch, 16), truth, torch.float64)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_segments_are_computed_again_under_autocast(small_config, random_model, checkpointing):
+    """The truth is one graph, whose products are in bfloat16 too; float32 ones are far off."""
+    model = with_lora(random_model(small_config()))
+    batch = rows("packed")
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    with autocast():
+        loss, n_tokens = one_graph(model, batch)
+    loss.backward()
+    truth = loss.detach(), n_tokens, gradients(model)
+    model.set_checkpointing(checkpointing)
+    for context in (autocast, contextlib.nullcontext):
+        step = ExactStep(model, batch, 16, context=context)
+        with autocast():
+            loss, n_tokens = step.forward()
+        step.backward(loss)
+        found = loss.detach(), n_tokens, gradients(model)
+        if context is autocast:
+            assert_equal(found, truth, torch.float32)
+        else:
+            with pytest.raises(AssertionError):
+                assert_equal(found, truth, torch.float32)
 
 
 def test_offloaded_states_are_the_same_bits(small_config, random_model):

@@ -69,6 +69,13 @@ def main(config: TrainConfig) -> None:
     data.prepare_data()
     data.setup()
     warn_of_memory(config, shape)
+    c = config.long_context
+    if c.kind == "exact" and config.data.seq_len <= c.segment_len:
+        logger.info(
+            "long_context=exact changes nothing: rows of data.seq_len=%d are no longer than one "
+            "segment of %d",
+            *(config.data.seq_len, c.segment_len),
+        )
     model = build_model(config)
     adapter = adapt(model, config)
     check_space(config.run_dir, _bytes_written(model, config.callbacks.saving.keep))
