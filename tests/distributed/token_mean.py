@@ -8,6 +8,7 @@ import argparse
 
 import lightning as L
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from mamba2_train.model import Mamba2Config, Mamba2LM, initialize
 from mamba2_train.module import Mamba2Module
@@ -34,6 +35,21 @@ def merged(group: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {key: torch.cat([b[key] for b in group]) for key in group[0]}
 
 
+class CountExchanges(L.Callback):
+    """How often the ranks have averaged gradients; the model is one bucket."""
+
+    count = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        ddp = trainer.strategy.model
+        if isinstance(ddp, torch.nn.parallel.DistributedDataParallel):
+            ddp.register_comm_hook(None, self.hook)
+
+    def hook(self, group, bucket):
+        self.count += 1
+        return allreduce_hook(group, bucket)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
@@ -53,7 +69,9 @@ def main() -> None:
         long_context=arguments.segment_len
         and ExactConfig(kind="exact", segment_len=arguments.segment_len),
     )
+    exchanges = CountExchanges()
     trainer = L.Trainer(
+        callbacks=exchanges,
         accelerator="cpu",
         devices=arguments.devices,
         strategy="ddp" if arguments.devices > 1 else "auto",
@@ -75,7 +93,8 @@ def main() -> None:
     trainer.fit(module, torch.utils.data.DataLoader(mine, batch_size=None))
     if trainer.is_global_zero:
         metrics = {k: v.double() for k, v in trainer.callback_metrics.items()}
-        torch.save({"weights": model.state_dict(), "metrics": metrics}, arguments.out)
+        made = {"weights": model.state_dict(), "metrics": metrics, "exchanges": exchanges.count}
+        torch.save(made, arguments.out)
     trainer.strategy.barrier()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
