@@ -19,19 +19,18 @@ from mamba2_train.commands import console
 from mamba2_train.long_context import ExactStep, evaluated
 from mamba2_train.model import PRESETS, Mamba2LM, initialize
 
-SEGMENT_LEN = 8192
 SHAPES = {
     "tiny": PRESETS["tiny"],
     # mamba2-130m but for the number of its blocks, and for its vocabulary, which no block sees
     "130m": replace(PRESETS["mamba2-130m"], n_layers=2, vocab_size=512),
 }
-RUNS = [  # tokens, checkpointing, what
-    (8192, "full", "one pass"),
-    (8192, "none", "one pass"),
-    (65536, "none", "segments"),
-    (65536, "full", "segments"),
-    (65536, "full", "one pass"),
-    (262144, "none", "evaluation"),
+RUNS = [  # tokens, checkpointing, what, segment_len
+    (8192, "full", "one pass", 8192),
+    (8192, "none", "one pass", 8192),
+    (65536, "none", "segments", 8192),
+    (65536, "full", "segments", 8192),
+    (65536, "none", "segments", 1024),
+    (262144, "none", "evaluation", 8192),
 ]
 
 
@@ -55,7 +54,9 @@ def work(model: Mamba2LM, tokens: int, what: str, segment_len: int) -> int:
     return held
 
 
-def measure(shape: str, tokens: int, checkpointing: str, what: str) -> dict[str, float]:
+def measure(
+    shape: str, tokens: int, checkpointing: str, what: str, segment_len: int
+) -> dict[str, float]:
     torch.set_num_threads(1)
     # every large tensor in pages of its own, which go back when it is freed
     for mmap_or_trim_threshold in (-3, -1):
@@ -66,28 +67,30 @@ def measure(shape: str, tokens: int, checkpointing: str, what: str) -> dict[str,
     model.zero_grad()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
-    states = work(model, tokens, what, SEGMENT_LEN)
+    states = work(model, tokens, what, segment_len)
     seconds = time.process_time() - started
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": seconds, "peak": 1024 * (after - before), "states": states}
 
 
 def main() -> None:
-    if len(sys.argv) == 5:
-        shape, tokens, checkpointing, what = sys.argv[1:]
-        print(json.dumps(measure(shape, int(tokens), checkpointing, what)))
+    if len(sys.argv) == 6:
+        shape, length, checkpointing, what, segment = sys.argv[1:]
+        print(json.dumps(measure(shape, int(length), checkpointing, what, int(segment))))
         return
     shape = sys.argv[1] if len(sys.argv) == 2 else "tiny"
-    columns = ("tokens", "checkpointing", "in", "peak MB", "of which states", "CPU ms/1k tokens")
-    table = Table(*columns, box=None)
-    for tokens, checkpointing, what in RUNS:
-        command = [sys.executable, "-m", __spec__.name, shape, str(tokens), checkpointing, what]  # type: ignore[name-defined]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    columns = ("tokens", "checkpointing", "in", "of", "peak MB", "states MB", "CPU ms/1k tokens")
+    table = Table(*columns, box=None, title=shape, title_justify="left")
+    for run in RUNS:
+        command = [sys.executable, "-m", "mamba2_train.benchmark_long_context", shape]
+        done = subprocess.run(
+            [*command, *map(str, run)], stdout=subprocess.PIPE, text=True, check=True
+        )
         found = json.loads(done.stdout)
+        tokens, checkpointing, what, segment_len = run
         figures = f"{found['peak'] / 1e6:.0f}", f"{found['states'] / 1e6:.1f}"
-        time_per = f"{found['seconds'] / tokens * 1e6:.1f}"
-        table.add_row(f"{tokens:,}", checkpointing, what, *figures, time_per)
-    console.print(f"{shape}, segments of {SEGMENT_LEN:,}")
+        time_per = f"{found['seconds'] / tokens * 1e6:.0f}"
+        table.add_row(f"{tokens:,}", checkpointing, what, f"{segment_len:,}", *figures, time_per)
     console.print(table)
 
 

@@ -11,7 +11,8 @@ computed again from its S_k and handing the gradient of S_k to the segment befor
     d / d w   += d loss_k / d w    +  (d S_{k+1} / d w)^T    g_{k+1}
 
 This is the chain rule of the whole sequence, cut at the only place where it is narrow: loss and
-gradients are those of one pass over it. It costs a second forward pass, and n - 1 states.
+gradients are those of one pass over it. It costs a second forward pass of all segments but the
+last, and n - 1 states.
 
 "truncated": g_k = 0. A batch begins with the states that the batch before it left, which hold any
 past but pass no gradient to it (truncated backpropagation through time, Williams & Peng 1990).
@@ -108,22 +109,24 @@ class ExactStep:
         self.device = batch["input_ids"].device
         self.boundaries: list[Boundary] = []
 
-    @torch.no_grad()
     def forward(self) -> tuple[Tensor, Tensor]:
         """Sum of the losses, for `backward` to begin with, and number of tokens."""
         losses, counts = [], []
         state: Mamba2State | None = None
-        for k, segment in enumerate(self.segments, 1):
-            held = state if state is None or not self.offload else _mapped(state, _on_host)
-            self.boundaries.append(Boundary(held, rng_state(self.device)))
-            out = self.model(
-                **segment, state=state, return_state=k < len(self.segments), reduction="sum"
-            )
-            losses.append(out.loss)
-            counts.append(out.n_tokens)
-            state = out.state
-        self.loss = torch.stack(losses).sum().requires_grad_()
-        return self.loss, torch.stack(counts).sum()
+        with torch.no_grad():
+            for segment in self.segments[:-1]:
+                held = state if state is None or not self.offload else _mapped(state, _on_host)
+                self.boundaries.append(Boundary(held, rng_state(self.device)))
+                out = self.model(**segment, state=state, return_state=True, reduction="sum")
+                losses.append(out.loss)
+                counts.append(out.n_tokens)
+                state = out.state
+        # the backward begins with the last, which need not be computed twice
+        self.last_state = state and _mapped(state, self._leaf)
+        out = self.model(**self.segments[-1], state=self.last_state, reduction="sum")
+        self.last_loss = out.loss
+        self.loss = torch.stack([*losses, out.loss.detach()]).sum().requires_grad_()
+        return self.loss, torch.stack([*counts, out.n_tokens]).sum()
 
     def backward(self, loss: Tensor, sync: "GradientSync | None" = None) -> None:
         """
@@ -147,25 +150,25 @@ class ExactStep:
     ) -> list[Tensor | None]:
         """Takes the gradients of the state that segment k ends in, returns those of the state that
         it begins in. A method, so that nothing of a segment outlives it."""
-        boundary = self.boundaries.pop()
-        state = boundary.state
-        if state is not None:
-            state = _mapped(state, self._leaf)
-        set_rng_state(boundary.rng, self.device)
-        with self.context():
-            out = self.model(
-                **self.segments[k],
-                state=state,
-                return_state=k + 1 < len(self.segments),
-                reduction="sum",
-            )
+        if k == len(self.segments) - 1:
+            state, loss, end = self.last_state, self.last_loss, None
+            del self.last_state, self.last_loss
+        else:
+            boundary = self.boundaries.pop()
+            state = boundary.state and _mapped(boundary.state, self._leaf)
+            set_rng_state(boundary.rng, self.device)
+            with self.context():
+                out = self.model(
+                    **self.segments[k], state=state, return_state=True, reduction="sum"
+                )
+            loss, end = out.loss, out.state
         # where nothing before it is trained, a first layer's state has no gradient
         handed = [
             (tensor, gradient)
-            for tensor, gradient in zip(_tensors(out.state), gradients, strict=True)
+            for tensor, gradient in zip(_tensors(end), gradients, strict=True)
             if tensor.requires_grad and gradient is not None
         ]
-        roots, weights = zip((out.loss, scale), *handed, strict=True)
+        roots, weights = zip((loss, scale), *handed, strict=True)
         torch.autograd.backward(roots, weights)
         return [tensor.grad for tensor in _tensors(state)]
 

@@ -236,8 +236,7 @@ class Plan:
             repeated = blocks - 2 * c.n_layers * c.d_model * (c.d_in_proj + c.d_inner)
         elif mode != "none":
             repeated = blocks / checkpointing_interval(mode)
-        if self.is_cut:
-            repeated += forward
+        repeated += forward * (1 - 1 / self.n_segments)  # all but the last
         return forward, 2 * forward + weights + repeated
 
     @property

@@ -313,7 +313,8 @@ def test_a_million_tokens_of_codestral():
     assert (there.states, there.on_host) == (0, 127 * state)
     assert here.peak - there.peak == 125 * state  # but those of the segment that is computed
     forward, step = planned(codestral, *run).flops()
-    assert plan.flops() == (forward, step + forward)  # a second forward pass of all
+    # a second forward pass of all segments but the last
+    assert plan.flops() == (forward, pytest.approx(step + forward * 127 / 128))
 
 
 def test_a_segment_beside_a_row_of_its_length():

@@ -101,7 +101,8 @@ def segments(plan: Plan, rows: list[Memory]) -> str:
         f"computed in the memory of one. Between two: {c.n_layers} layers x {batch} rows x "
         f"({c.n_heads} heads x {c.headdim} x {c.d_state} x {ssm.itemsize} bytes + {c.d_conv - 1} x "
         f"{c.d_conv_channels:,} channels x {conv.itemsize}) = {one / GB:.3f} GB; x "
-        f"{plan.n_segments - 1} on each {where}: {sums}. The FLOPs hold one more forward pass"
+        f"{plan.n_segments - 1} on each {where}: {sums}. The FLOPs hold a second "
+        f"forward pass of all but the last"
     )
 
 
