@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mamba2_train.audit import check_gradients
 from mamba2_train.errors import UserError
-from mamba2_train.model import Mamba2LM
+from mamba2_train.long_context import ExactStep, GradientSync, aligned, continued, evaluated
+from mamba2_train.model import Mamba2LM, Mamba2State
 from mamba2_train.nonfinite import NonFinite
 from mamba2_train.optim import build_optimizer, lr_factor
 from mamba2_train.parallel.checkpoint import indexed, optimizer_names
@@ -30,7 +31,13 @@ from mamba2_train.parallel.shards import (
     trained_names,
 )
 from mamba2_train.parallel.strategy import MeshStrategy, data_ranks
-from mamba2_train.schema import OptimizerConfig, SchedulerConfig
+from mamba2_train.schema import (
+    ExactConfig,
+    LongContextConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TruncatedConfig,
+)
 
 
 class TokenMean:
@@ -64,7 +71,8 @@ class TokenMean:
 class Mamba2Module(L.LightningModule):
     """Trains a Mamba2LM, whole or through the adapters that have been put on it.
 
-    Batches are dicts of `input_ids`, `labels` (b, t) int64 and `seq_idx` (b, t) int32.
+    Batches are dicts of `input_ids`, `labels` (or, with packing=continued, `shift_labels`) (b, t)
+    int64 and `seq_idx` (b, t) int32.
     """
 
     # a checkpoint holds what is trained; the frozen rest is where it came from
@@ -78,6 +86,7 @@ class Mamba2Module(L.LightningModule):
         total_steps: int,
         lora_plus_ratio: float = 1.0,
         nonfinite: NonFinite | None = None,
+        long_context: LongContextConfig | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -87,6 +96,13 @@ class Mamba2Module(L.LightningModule):
         self.total_steps = total_steps
         self.lora_plus_ratio = lora_plus_ratio
         self.nonfinite = nonfinite  # decides about steps that would spoil the weights
+        self.segments = long_context if isinstance(long_context, ExactConfig) else None
+        self.truncated = isinstance(long_context, TruncatedConfig)
+        # of a row in segments, between its forward and its backward
+        self.exact: tuple[ExactStep, GradientSync] | None = None
+        # truncated: in which states the next batch, of training and of validation, begins
+        self.carried: Mamba2State | None = None
+        self.carried_in_validation: Mamba2State | None = None
         self.audited = False  # whether all that is trained has been seen to get a gradient
         self.window = TokenMean()  # the micro-batches of one optimizer step
         self.validation = TokenMean()
@@ -102,11 +118,24 @@ class Mamba2Module(L.LightningModule):
                 group["lr"] = base * factor(scheduler.last_epoch)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss_sum, n_tokens = self._losses(batch)
+        if (c := self._cutting(batch)) is not None:
+            loss_sum, n_tokens = self._begin_exact(batch, c)
+        elif self.truncated:
+            before = self.carried if batch_idx else None  # an epoch begins with other documents
+            loss_sum, n_tokens, self.carried = continued(self.model, batch, before)
+        else:
+            loss_sum, n_tokens = self._losses(batch)
         self.window.add(loss_sum, n_tokens)
         if self.nonfinite is not None:
             self.nonfinite.note(batch, loss_sum)
         return loss_sum
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.exact is None:
+            super().backward(loss, *args, **kwargs)
+            return
+        (step, sync), self.exact = self.exact, None
+        step.backward(loss, sync)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         loss, tokens = self.window.reduced(self)
@@ -152,9 +181,17 @@ class Mamba2Module(L.LightningModule):
         self.validation.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.validation.add(*self._losses(batch))
+        if (c := self._cutting(batch)) is not None:
+            loss_sum, n_tokens = evaluated(self.model, batch, c.segment_len)
+        elif self.truncated:
+            before = self.carried_in_validation if batch_idx else None
+            loss_sum, n_tokens, self.carried_in_validation = continued(self.model, batch, before)
+        else:
+            loss_sum, n_tokens = self._losses(batch)
+        self.validation.add(loss_sum, n_tokens)
 
     def on_validation_epoch_end(self) -> None:
+        self.carried_in_validation = None
         loss, _ = self.validation.reduced(self)
         self.log("val/loss", loss.float(), prog_bar=True)
         self.log("val/perplexity", loss.exp().float(), prog_bar=True)
@@ -191,13 +228,19 @@ class Mamba2Module(L.LightningModule):
     def _trained(self) -> set[str]:
         return trained_names(self)
 
+    def _cutting(self, batch: dict[str, Tensor]) -> ExactConfig | None:
+        """How rows that are longer than a segment are cut."""
+        c = self.segments
+        return c if c is not None and batch["input_ids"].shape[1] > c.segment_len else None
+
+    def _begin_exact(self, batch: dict[str, Tensor], c: ExactConfig) -> tuple[Tensor, Tensor]:
+        context = self.trainer.precision_plugin.forward_context
+        step = ExactStep(self.model, batch, c.segment_len, offload=c.offload, context=context)
+        self.exact = step, GradientSync(self.trainer)
+        return step.forward()
+
     def _losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        out = self.model(
-            batch["input_ids"],
-            labels=batch["labels"],
-            seq_idx=batch["seq_idx"],
-            reduction="sum",
-        )
+        out = self.model(**aligned(batch), reduction="sum")
         return out.loss, out.n_tokens
 
 

@@ -25,6 +25,11 @@ The peak is the largest of them. Arithmetic adds what is not in the model:
     tp of n     a model of d_inner / n: heads are divided; embeddings, head and residual stream
                 are whole on each
 
+    exact       the step of one segment between two others: it begins in a state, ends in one, has
+                the gradients of both, and finds those of the weights there; + for each other
+                boundary, unless offloaded, n_layers x (n_heads x headdim x d_state float32 and
+                d_conv - 1 inputs of the convolution)
+
 Rows are taken as full and every token as labelled: the most that a batch can be.
 """
 
@@ -40,17 +45,19 @@ import torch
 from torch import Tensor, nn
 
 from mamba2_train.errors import UserError
+from mamba2_train.long_context import zero_state
 from mamba2_train.loss import cross_entropy_of_rows
 from mamba2_train.memory import counted
 from mamba2_train.model import (
     Mamba2Config,
     Mamba2LM,
+    Mamba2State,
     checkpointing_interval,
     flops_per_token,
 )
 from mamba2_train.optim import build_optimizer
 from mamba2_train.quantization import PROJECTIONS
-from mamba2_train.schema import AdamWConfig, OptimizerConfig, TrainConfig
+from mamba2_train.schema import AdamWConfig, ExactConfig, OptimizerConfig, TrainConfig
 
 GB = 2**30  # as the makers of GPUs count
 CONTEXT = 0.6 * GB  # CUDA's context, its libraries and kernels
@@ -63,6 +70,7 @@ PRECISIONS = {  # name of configs/precision -> its settings
     "bf16-mixed": {"weights": "float32", "autocast": "bfloat16"},
     "bf16": {"weights": "bfloat16", "autocast": None},
 }
+SEGMENT_LEN = 8192  # of configs/long_context/exact
 WHOLE = ("single", "ddp")  # strategies that have the whole model on each GPU
 MODES = ("none", "selective", "full", "every_2")
 
@@ -95,6 +103,8 @@ class Memory:
     logits: float
     peak: float
     at: str
+    states: float = 0.0  # at the boundaries between segments, on the GPU
+    on_host: float = 0.0  # the same, on the host
 
     def fits(self, gpu_gb: float) -> bool:
         return self.on_gpu <= gpu_gb * GB * (1 - UNUSABLE)
@@ -177,14 +187,15 @@ class Plan:
             memory = sliced.memory() if strategy == "tp" else sliced.memory("fsdp", n // ranks)
             return dataclasses.replace(memory, strategy=strategy)
         m = self._step()
+        on_gpu, on_host, beside = self._states()
         optimizer, update = self._of_optimizer()
         saved, product = self._quantized()
         peaks = {
-            "forward": m.forward + product,
-            "loss": m.loss,
-            "head": m.head,
-            "top": m.top + product,
-            "bottom": m.bottom + product,
+            "forward": m.forward + beside + product,
+            "loss": m.loss + beside,
+            "head": m.head + beside,
+            "top": m.top + beside + product,
+            "bottom": m.bottom + beside + product,
             "update": m.weights + m.gradients + update,
         }
         weights = m.weights - saved
@@ -196,13 +207,15 @@ class Plan:
             whole, away = self._gathered(), 1 - 1 / n
             for at in peaks:
                 # at head and top few gradients are there yet: none are subtracted
-                present = 0 if at in ("head", "top") else gradients
+                early = at in ("head", "top") and not self.is_cut
+                present = 0 if early else gradients
                 peaks[at] += whole - away * (weights + optimizer + present)
             peaks["update"] = (weights + gradients + optimizer + update) / n
             weights, gradients, optimizer = (b / n for b in (weights, gradients, optimizer))
         at = max(peaks, key=lambda name: peaks[name])
         logits = m.loss - m.weights - m.gradients - m.activations
-        return Memory(strategy, weights, gradients, optimizer, m.activations, logits, peaks[at], at)
+        parts = weights, gradients, optimizer, m.activations, logits, peaks[at]
+        return Memory(strategy, *parts, at, on_gpu, on_host)
 
     def flops(self) -> tuple[float, float]:
         """Of one token: its forward pass, and its whole step with what is computed twice."""
@@ -223,7 +236,36 @@ class Plan:
             repeated = blocks - 2 * c.n_layers * c.d_model * (c.d_in_proj + c.d_inner)
         elif mode != "none":
             repeated = blocks / checkpointing_interval(mode)
+        repeated += forward * (1 - 1 / self.n_segments)  # all but the last
         return forward, 2 * forward + weights + repeated
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether rows are computed segment by segment."""
+        return self.n_segments > 1
+
+    @property
+    def n_segments(self) -> int:
+        c = self.config.long_context
+        return -(-self.config.data.seq_len // c.segment_len) if isinstance(c, ExactConfig) else 1
+
+    def state(self) -> Mamba2State:
+        """Between two segments, on the meta device."""
+        precision = self.config.precision
+        dtype = getattr(torch, precision.autocast or precision.weights)
+        with torch.device("meta"):
+            return zero_state(self.shape, self.config.data.batch_size, dtype)
+
+    def _states(self) -> tuple[float, float, float]:
+        """Bytes of all states between segments on the GPU, on the host, and, on the GPU, of those
+        that are none of the segment's that is computed."""
+        c = self.config.long_context
+        if not isinstance(c, ExactConfig) or not self.is_cut:
+            return 0, 0, 0
+        one = sum(t.nbytes for layer in self.state().layers for t in layer)
+        n = self.n_segments - 1
+        # when the gradients of the weights are there, the last segment's has gone
+        return (0, one * n, 0) if c.offload else (one * n, 0, one * max(0, n - 2))
 
     def _step(self) -> Moments:
         """The moments of all blocks from those of a few, where all blocks are alike."""
@@ -245,9 +287,13 @@ class Plan:
     def _of_first(self, n_layers: int) -> Moments:
         """The moments of a step of the first blocks, all others left out."""
         c = self.config
+        seq_len = c.data.seq_len
+        if isinstance(c.long_context, ExactConfig):
+            seq_len = min(seq_len, c.long_context.segment_len)
         settings: dict[str, Any] = {
             "rows": c.data.batch_size,
-            "seq_len": c.data.seq_len,
+            "seq_len": seq_len,
+            "carries": self.is_cut,
             "autocast": c.precision.autocast is not None,
             "checkpointing": c.model.checkpointing,
         }
@@ -360,12 +406,20 @@ def shown(flags: dict[str, str]) -> str:
 
 
 def simulated(
-    model: Mamba2LM, *, rows: int, seq_len: int, autocast: bool, checkpointing: str, gpu: bool
+    model: Mamba2LM,
+    *,
+    rows: int,
+    seq_len: int,
+    carries: bool,
+    autocast: bool,
+    checkpointing: str,
+    gpu: bool,
 ) -> Moments:
     """Take a training step on tensors without contents and count what is alive.
 
     Args:
         model: on the meta device; it is used up.
+        carries: the rows are a segment between two others.
     """
     model.train()
     model.set_checkpointing(checkpointing)
@@ -390,19 +444,28 @@ def simulated(
         gradients = count.live - weights
         input_ids = torch.zeros(rows, seq_len, dtype=torch.int64)
         positions = torch.arange(rows * seq_len)
+        state, handed_back = None, []
+        if carries:
+            config = dataclasses.replace(model.config, n_layers=n_layers)
+            dtype = torch.bfloat16 if autocast else model.backbone.embeddings.weight.dtype
+            state = zero_state(config, rows, dtype)
+            for layer in state.layers:
+                handed_back += [torch.empty_like(t.requires_grad_()) for t in layer]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            hidden, _ = model.backbone(input_ids, None, None, None, False)
+            hidden, states = model.backbone(input_ids, None, None, state, carries)
             activations = count.live - weights - gradients
             forward = count.restart()
             # by position, as the loss picks the labelled ones
             chosen = hidden.flatten(0, 1)[positions]
             loss = cross_entropy_of_rows(chosen, model.lm_head, input_ids.flatten())
         at_loss = count.restart()
-        for p in trained:
-            p.grad = None
+        if not carries:  # else they are those of the segments behind it
+            for p in trained:
+                p.grad = None
         del hidden, chosen
         count.restart()
-        loss.backward()
+        ends = [t for layer in states for t in layer] if carries else []
+        torch.autograd.backward([loss, *ends], [torch.ones_like(loss), *handed_back])
         mark()
     head, bottom = peaks[0], peaks[-1]
     # live bytes change evenly from block to block: those between are below the first or the last
@@ -455,7 +518,15 @@ def smaller(config: TrainConfig) -> Iterator[tuple[dict[str, str], TrainConfig]]
     modes, mode = ("none", "selective", "full"), config.model.checkpointing
     strength = modes.index(mode) if mode in modes else 1
     batch, accumulate = config.data.batch_size, config.trainer.accumulate
+    context, exact = config.long_context, {"long_context": "exact"}
+    on_host = {"long_context.offload": "true"}
+    segments: list[tuple[float, dict[str, str]]] = []
+    if isinstance(context, ExactConfig) and not context.offload:
+        segments = [(0.5, on_host)]
+    elif context.kind == "none" and config.data.seq_len > SEGMENT_LEN:
+        segments = [(1.7, exact), (2.2, exact | on_host)]
     levers: list[list[tuple[float, dict[str, str]]]] = [
+        segments,
         [(i - strength, {"model.checkpointing": m}) for i, m in enumerate(modes) if i > strength],
         [(1.2, {"precision": "bf16-mixed" if config.adapter.kind == "full" else "bf16"})],
         [
@@ -492,6 +563,8 @@ def _changed(config: TrainConfig, flags: dict[str, str]) -> TrainConfig | None:
             if values["precision"] in (PRECISIONS[value], PRECISIONS["bf16"]):
                 return None
             values["precision"] = PRECISIONS[value]
+        elif key == "long_context":
+            values[group] = {"kind": value, "segment_len": SEGMENT_LEN}
         elif group in ("optimizer", "quantization"):
             if values[group]["kind"] != {"optimizer": "adamw", "quantization": "none"}[group]:
                 return None

@@ -22,6 +22,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
+from mamba2_train.model import LayerState, Mamba2State
 from mamba2_train.parallel.checkpoint import META, load_whole, remove
 from mamba2_train.parallel.strategy import MeshStrategy
 from mamba2_train.processes import log_only
@@ -54,6 +55,7 @@ class Position:
     ends_epoch: bool = False
     block: tuple[int, int] = (0, 0)  # in streamed data, of this rank
     rng: dict[str, torch.Tensor] = field(default_factory=dict)  # of this rank
+    carried: Mamba2State | None = None  # of this rank's rows, where a batch goes on in the last's
 
 
 class Checkpoints(Callback):
@@ -123,6 +125,8 @@ class Checkpoints(Callback):
         if self.restored is not None and len(self.restored) == trainer.world_size:
             rng = self.restored[trainer.global_rank]["rng"]
             set_rng_state(rng, trainer.strategy.root_device)
+            carried = self.restored[trainer.global_rank].get("carried")
+            module.carried = carried and unpacked(carried, trainer.strategy.root_device)  # type: ignore[assignment]
         else:
             # each drops units of its own, but for those that compute parts of the same
             rank = (trainer.distributed_sampler_kwargs or {}).get("rank", 0)
@@ -174,7 +178,11 @@ class Checkpoints(Callback):
             self._save(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        mine = {"rng": self.at.rng, "block": list(self.at.block)}
+        mine = {
+            "rng": self.at.rng,
+            "block": list(self.at.block),
+            "carried": self.at.carried and packed(self.at.carried),
+        }
         ranks: list[Any] = [mine]
         if torch.distributed.is_initialized():
             ranks = [None] * torch.distributed.get_world_size()
@@ -239,6 +247,7 @@ class Checkpoints(Callback):
             ends_epoch=loop.batch_idx + 1 == trainer.num_training_batches,
             block=trainer.datamodule.position,  # type: ignore[attr-defined]
             rng=rng_state(trainer.strategy.root_device),
+            carried=trainer.lightning_module.carried,  # type: ignore[arg-type]
         )
 
     def _agreed(self, trainer: L.Trainer, ends_step: bool) -> int:
@@ -372,6 +381,17 @@ def set_position(fit_loop: dict[str, Any], at: Position, validated: bool) -> Non
         validation["total"] |= {"ready": 1, "started": 1}
     # metrics of step N are logged as N - 1, those of the validation behind it too
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = at.step - (not validated)
+
+
+def packed(state: Mamba2State) -> dict[str, Any]:
+    """A state as a checkpoint holds it: tensors on the host, in lists."""
+    layers = [[layer.conv.cpu(), layer.ssm.cpu()] for layer in state.layers]
+    return {"layers": layers, "seq_idx": state.seq_idx.cpu()}
+
+
+def unpacked(state: dict[str, Any], device: torch.device) -> Mamba2State:
+    layers = [LayerState(conv.to(device), ssm.to(device)) for conv, ssm in state["layers"]]
+    return Mamba2State(layers, state["seq_idx"].to(device))
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -330,6 +330,33 @@ class PrecisionConfig(Group):
     autocast: Literal["bfloat16"] | None
 
 
+class OrdinaryContextConfig(Group):
+    """Each row in one pass."""
+
+    kind: Literal["none"]
+
+
+class ExactConfig(Group):
+    """Rows of any length in the memory of one segment; the gradients of one pass."""
+
+    kind: Literal["exact"]
+    segment_len: PositiveInt = Field(description="positions that are computed at a time")
+    offload: bool = Field(
+        default=False, description="keep the states between segments in the host's memory"
+    )
+
+
+class TruncatedConfig(Group):
+    """A batch goes on in the states that the last one left, without gradient to it: needs
+    data.packing=continued. data.seq_len is how far gradients reach; trainer.accumulate, how many
+    such stretches make an optimizer step."""
+
+    kind: Literal["truncated"]
+
+
+LongContextConfig = OrdinaryContextConfig | ExactConfig | TruncatedConfig
+
+
 class SavingConfig(Group):
     """A checkpoint is written after each validation, and as often as is asked for here."""
 
@@ -407,6 +434,9 @@ class TrainConfig(Group):
     scheduler: SchedulerConfig
     strategy: StrategyConfig
     precision: PrecisionConfig
+    long_context: Annotated[LongContextConfig, Field(discriminator="kind")] = OrdinaryContextConfig(
+        kind="none"
+    )
     callbacks: CallbacksConfig
     logger: LoggerConfig
     trainer: TrainerConfig
@@ -428,6 +458,12 @@ class TrainConfig(Group):
             raise ValueError(
                 f"adapter={self.adapter.kind} needs weights to adapt: set model.source or "
                 "adapter=full"
+            )
+        if (self.long_context.kind == "truncated") != (self.data.packing == "continued"):
+            raise ValueError(
+                f"long_context={self.long_context.kind} with data.packing={self.data.packing}: a "
+                "row goes on where the last one stopped only if its state does: use "
+                "long_context=truncated and data.packing=continued, or neither"
             )
         t = self.trainer
         unbounded = t.max_steps is None or isinstance(t.validate_every, float)

@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import sys
+from functools import partial
 
 import torch
 from hydra import compose, initialize_config_module
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 
 from mamba2_train.commands import extend_hydra
 from mamba2_train.commands.train import DTYPES, adapt
+from mamba2_train.long_context import ExactStep
 from mamba2_train.model import Mamba2Config, Mamba2LM, initialize
 from mamba2_train.optim import build_optimizer
 from mamba2_train.quantization import is_quantized, quantize
@@ -43,10 +45,20 @@ def train(config: TrainConfig, shape: Mamba2Config) -> None:
     optimizer = build_optimizer(model, config.optimizer)
     for _ in range(2):
         ids = torch.randint(shape.vocab_size, (config.data.batch_size, config.data.seq_len))
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision.autocast is not None):
-            loss = model(ids, shift_labels=ids, reduction="sum").loss
+        autocast = partial(
+            torch.autocast, "cpu", torch.bfloat16, enabled=config.precision.autocast is not None
+        )
+        c = config.long_context
+        if c.kind == "exact":
+            batch = {"input_ids": ids, "shift_labels": ids, "seq_idx": torch.zeros_like(ids).int()}
+            step = ExactStep(model, batch, c.segment_len, offload=c.offload, context=autocast)
+            with autocast():
+                loss, _ = step.forward()
+        else:
+            with autocast():
+                loss = model(ids, shift_labels=ids, reduction="sum").loss
         optimizer.zero_grad()
-        loss.backward()
+        step.backward(loss) if c.kind == "exact" else loss.backward()
         optimizer.step()
 
 

@@ -53,6 +53,7 @@ def test_every_group_file_composes(path):
         "model/scratch.yaml": ["adapter=full"],
         "adapter/full.yaml": [],
         "adapter/continue.yaml": ["adapter.source=an_adapter"],
+        "long_context/truncated.yaml": ["data.packing=continued"],
     }.get(str(path), [])
     chosen = config(f"{path.parent}={path.stem}", *extra).model_dump()[str(path.parent)]
     own = yaml.safe_load((ROOT / "configs" / path).read_text())
@@ -117,6 +118,17 @@ def test_every_field_of_ours_can_be_overridden():
             r"^adapter.targets: 'x_proj' is no module to adapt. Did you mean 'in_proj'\? Known",
         ),
         (["adapter.targets=[]"], "^adapter.targets: is empty"),
+        (["long_context=truncated"], r"data.packing=bfd.*use long_context=truncated and data.pack"),
+        (
+            ["data.packing=continued"],
+            r"long_context=none with data.packing=continued: .*or neither",
+        ),
+        (["long_context=exact", "long_context.segment_len=0"], r"segment_len: .*greater than 0"),
+        (["long_context=exact", "+long_context.segments=4"], r"Did you mean 'segment_len'\?"),
+        (
+            ["long_context=truncated", "data.packing=continued", "data.streaming=true"],
+            "packing=continued needs all documents before training",
+        ),
         (["adapter.r=0"], r"adapter.r: .*greater than 0"),
         (["adapter.r=-3"], r"adapter.r: .*greater than 0.*got -3"),
         (["adapter.alpha=null"], r"adapter.alpha: .*valid number.*got None"),

@@ -46,6 +46,15 @@ def test_two_ranks_equal_one(one_batch, tmp_path, accumulate):
     assert_equal_runs(one_batch, run(tmp_path / "run.pt", "--accumulate", accumulate, ranks=2))
 
 
+@pytest.mark.parametrize("accumulate", ["1", "2"])
+def test_two_ranks_in_segments_equal_one_in_one_pass(one_batch, tmp_path, accumulate):
+    """24 positions in four segments, whose gradients are exchanged with the last of them."""
+    options = "--accumulate", accumulate, "--segment-len", "7"
+    segmented = run(tmp_path / "run.pt", *options, ranks=2)
+    assert_equal_runs(one_batch, segmented)
+    assert segmented["exchanges"] == 3  # one for each step of the optimizer
+
+
 def test_clipping_sees_the_mean_gradient(tmp_path):
     # below the norm of each step's gradient, so that it must bite
     clipped = run(tmp_path / "a.pt", "--clip", "0.05")

@@ -19,7 +19,17 @@ from mamba2_train.errors import UserError
 from mamba2_train.memory import LiveMemory
 from mamba2_train.model import PRESETS, Mamba2Config, Mamba2LM, initialize
 from mamba2_train.optim import build_optimizer
-from mamba2_train.plan import CONTEXT, GB, Plan, cure, optimizer_bytes, shortage, smaller, variants
+from mamba2_train.plan import (
+    CONTEXT,
+    GB,
+    SEGMENT_LEN,
+    Plan,
+    cure,
+    optimizer_bytes,
+    shortage,
+    smaller,
+    variants,
+)
 from mamba2_train.quantization import is_quantized, quantize
 from mamba2_train.schema import PlanConfig, validated
 
@@ -32,6 +42,13 @@ RUNS = [
     (SMALL, ["adapter=full", *ROWS]),
     (WIDE, ["adapter=lora", "model.checkpointing=selective", *LONG]),
     (DEEP, ["adapter=full", "model.checkpointing=full", "data.batch_size=3", "data.seq_len=384"]),
+    (
+        dataclasses.replace(WIDE, d_state=256),  # states of a MB a layer, at 7 boundaries
+        [
+            *("adapter=lora", "model.checkpointing=full", "data.batch_size=1"),
+            *("data.seq_len=2048", "long_context=exact", "long_context.segment_len=256"),
+        ],
+    ),
 ]
 IN_16_BITS = [
     (SMALL, ["adapter=lora", "precision=bf16", "model.checkpointing=every_2", *ROWS]),
@@ -279,6 +296,46 @@ def test_checkpointing_and_precision_order_as_they_should():
         )
         assert full < selective < every_2 < none
     assert peaks["bf16", "none"] < peaks["fp32", "none"]
+
+
+def test_a_million_tokens_of_codestral():
+    """In the memory of one segment and 127 states: the arithmetic by hand."""
+    run = ["adapter=lora", "model.checkpointing=full", "precision=bf16"]
+    run += ["data.seq_len=1048576", "data.batch_size=1"]
+    codestral = PRESETS["mamba-codestral-7b"]
+    plan = planned(codestral, *run, "long_context=exact")
+    state = 64 * (128 * 64 * 128 * 4 + 3 * (8192 + 2 * 8 * 128) * 2)
+    here = plan.memory()
+    assert here.states == 127 * state
+    assert here.fits(80)
+    on_host = configured(*run, "long_context=exact", "long_context.offload=true")
+    there = plan.of(on_host).memory()
+    assert (there.states, there.on_host) == (0, 127 * state)
+    assert here.peak - there.peak == 125 * state  # but those of the segment that is computed
+    forward, step = planned(codestral, *run).flops()
+    # a second forward pass of all segments but the last
+    assert plan.flops() == (forward, pytest.approx(step + forward * 127 / 128))
+
+
+def test_a_segment_beside_a_row_of_its_length():
+    row = ["adapter=full", "data.batch_size=2"]
+    whole = planned(SMALL, *row, "data.seq_len=256").memory()
+    exact = [*row, "long_context=exact", "long_context.segment_len=256"]
+    assert planned(SMALL, *exact, "data.seq_len=256").memory() == whole
+    segment = planned(SMALL, *exact, "data.seq_len=1024", "long_context.offload=true").memory()
+    state = segment.on_host / 3
+    # it begins and ends in a state and has the gradients of both, and those of the weights
+    assert 2 * state <= segment.peak - whole.peak <= 4 * state + whole.gradients
+
+
+def test_a_cure_for_long_rows_is_to_cut_them():
+    shape = dataclasses.replace(SMALL, n_layers=2)
+    plan = planned(shape, "adapter=full", "data.seq_len=65536", "data.batch_size=1")
+    limit = planned(shape, "adapter=full", "data.seq_len=16384", "data.batch_size=1").memory().peak
+    flags, memory = cure(plan, lambda m: m.peak <= limit)
+    assert flags == {"long_context": "exact"}
+    assert memory.states
+    assert configured("long_context=exact").long_context.segment_len == SEGMENT_LEN
 
 
 def test_flops():

@@ -302,6 +302,29 @@ def test_a_streamed_file_that_was_edited_is_refused(folder, stream, server):
     assert "copy.jsonl is not what it was trained on" in said
 
 
+LONG = {
+    "exact": ("long_context.segment_len=10",),
+    # an epoch of about 13 batches; whatever is carried over an epoch's end would show in the bits
+    "truncated": ("data.packing=continued", "data.seq_len=16"),
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_long_context_goes_on_to_the_same_bits(folder, server, kind):
+    """Killed in a window's second batch, where later states are carried than those of the last
+    step, and in a save; under dropout."""
+    how = (f"long_context={kind}", *LONG[kind])
+    finish(folder, *how, f"run_dir={kind}", server=server)
+    killed = (*how, f"run_dir={kind}_killed")
+    for fault, option in (("batch:12", ()), ("save:3", ("resume=auto",))):
+        code, said = launch(folder, fault, *killed, *option, server=server)
+        assert code == -signal.SIGKILL, said
+    finish(folder, *killed, "resume=auto", server=server)
+    assert_same_bits(folder / f"{kind}_killed", folder / kind)
+    carried = state(folder / kind)["ranks"][0]["carried"]
+    assert (carried is not None) == (kind == "truncated")
+
+
 CHOICES = [
     ("quantization=nf4", "optimizer=adamw_8bit"),
     ("quantization=int8", "optimizer=muon", "precision=bf16"),

@@ -37,6 +37,8 @@ def main(config: PlanConfig) -> None:
         soft_wrap=True,
     )
     console.print(_breakdown(rows))
+    if plan.is_cut:
+        console.print(segments(plan, rows), soft_wrap=True)
     for reason in dict.fromkeys(refused):
         console.print(f"[yellow]{reason}[/]", soft_wrap=True)
     console.print()
@@ -86,8 +88,36 @@ def possible(plan: Plan, n: int) -> tuple[list[Memory], list[str]]:
     return found, refused
 
 
+def segments(plan: Plan, rows: list[Memory]) -> str:
+    """The arithmetic behind long_context=exact."""
+    c, batch = plan.shape, plan.config.data.batch_size
+    layers = plan.state().layers
+    conv, ssm = layers[0]
+    one = sum(t.nbytes for layer in layers for t in layer)
+    where = "GPU" if rows[0].states else "host"
+    sums = ", ".join(f"{m.strategy} {(m.states or m.on_host) / GB:.2f} GB" for m in rows)
+    return (
+        f"{plan.n_segments} segments of {plan.config.long_context.segment_len:,} tokens, each "  # type: ignore[union-attr]
+        f"computed in the memory of one. Between two: {c.n_layers} layers x {batch} rows x "
+        f"({c.n_heads} heads x {c.headdim} x {c.d_state} x {ssm.itemsize} bytes + {c.d_conv - 1} x "
+        f"{c.d_conv_channels:,} channels x {conv.itemsize}) = {one / GB:.3f} GB; x "
+        f"{plan.n_segments - 1} on each {where}: {sums}. The FLOPs hold a second "
+        f"forward pass of all but the last"
+    )
+
+
 def _breakdown(rows: list[Memory]) -> Table:
-    columns = ("weights", "gradients", "optimizer", "activations", "logits", "peak", "on_gpu")
+    states = ("states",) if any(m.states for m in rows) else ()
+    columns = (
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        *states,
+        "logits",
+        "peak",
+        "on_gpu",
+    )
     table = Table("GB", *columns[:-1], "at", "on GPU", box=None, padding=(0, 1, 0, 0))
     for m in rows:
         *parts, on_gpu = (f"{getattr(m, name) / GB:.2f}" for name in columns)

@@ -87,6 +87,13 @@ def main(config: TrainConfig) -> None:
     data.prepare_data()
     data.setup()
     warn_of_memory(config, shape)
+    c = config.long_context
+    if c.kind == "exact" and config.data.seq_len <= c.segment_len:
+        logger.info(
+            "long_context=exact changes nothing: rows of data.seq_len=%d are no longer than one "
+            "segment of %d",
+            *(config.data.seq_len, c.segment_len),
+        )
 
     saver = Checkpoints(
         config.run_dir / CHECKPOINTS,
@@ -110,6 +117,7 @@ def main(config: TrainConfig) -> None:
         total_steps,
         config.adapter.lora_plus_ratio,
         nonfinite,
+        config.long_context,
     )
     run = Run(
         *(config, trainer, module, data, tokenizer, adapter, saver, started, resumed),

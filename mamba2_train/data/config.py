@@ -132,10 +132,11 @@ class DataConfig(BaseModel):
     )
 
     seq_len: Annotated[int, Field(ge=2)] = Field(default=1024, description="most tokens in a row")
-    packing: Literal["bfd", "split", "wrapped", "none"] = Field(
+    packing: Literal["bfd", "split", "wrapped", "none", "continued"] = Field(
         default="bfd",
         description="bfd: rows filled with whole documents; split: and the room that is left with "
-        "pieces; wrapped: one stream cut every seq_len; none: one document to a row",
+        "pieces; wrapped: one stream cut every seq_len; none: one document to a row; continued: "
+        "each row goes on where that of the last batch stopped, for long_context=truncated",
     )
     length_grouped: bool = Field(
         default=False, description="with packing=none: rows of like length share a batch"
@@ -189,11 +190,16 @@ class DataConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _grouping_needs_lengths(self) -> "DataConfig":
+    def _some_need_all_documents(self) -> "DataConfig":
         if self.length_grouped and self.packing != "none":
             raise ValueError(
                 f"length_grouped is for one document to a row, but packing is {self.packing!r}: "
                 "its rows are all as long; set packing=none or length_grouped=false"
+            )
+        if self.packing == "continued" and self.streaming:
+            raise ValueError(
+                "packing=continued needs all documents before training, and streaming knows none: "
+                "set streaming=false, or packing=wrapped with long_context=none"
             )
         if self.length_grouped and self.streaming:
             raise ValueError(

@@ -12,11 +12,12 @@ from mamba2_train.data.documents import load_documents
 from mamba2_train.data.loaders import (
     BatchSampler,
     BlockLoader,
+    LaneSampler,
     RowLoader,
     ShardedSampler,
     stand_apart,
 )
-from mamba2_train.data.packing import Batch, Collator, RowDataset, arrange
+from mamba2_train.data.packing import Batch, Collator, LaneDataset, RowDataset, arrange
 from mamba2_train.data.streaming import BlockDataset, open_stream
 from mamba2_train.data.tokenizer import pad_id
 
@@ -26,7 +27,8 @@ class TextDataModule(L.LightningDataModule):
 
     A batch is a dict of `input_ids` and `labels` (batch, seq_len) int64 and `seq_idx` (batch,
     seq_len) int32: labels are the input ids or -100 where nothing is learned, not shifted;
-    seq_idx numbers a row's documents from 0 and is -1 at padding.
+    seq_idx numbers a row's documents from 0 and is -1 at padding. With packing=continued the labels
+    are `shift_labels`, each where it is predicted, and seq_idx numbers an epoch's documents.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any, seed: int = 0) -> None:
@@ -113,9 +115,21 @@ class TextDataModule(L.LightningDataModule):
         batches = [lengths[b] for b in BatchSampler(sampler, self.config.batch_size)]
         return sum(int(b.sum()) for b in batches) / sum(len(b) * int(b.max()) for b in batches)
 
-    def _sampler(self, data: RowDataset | BlockDataset, training: bool) -> ShardedSampler:
+    def _sampler(
+        self, data: RowDataset | BlockDataset, training: bool
+    ) -> ShardedSampler | LaneSampler:
         # a strategy with tensor parallelism counts its data-parallel ranks here
         ranks = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+        if isinstance(data, LaneDataset):
+            return LaneSampler(
+                len(data.documents.tokens),
+                self.config.seq_len,
+                seed=self.seed,
+                rank=ranks.get("rank", 0),
+                world=ranks.get("num_replicas", 1),
+                shuffle=training and self.config.shuffle,
+                batch_size=self.config.batch_size,
+            )
         grouped = training and self.config.length_grouped
         return ShardedSampler(
             len(data),
@@ -146,6 +160,7 @@ class TextDataModule(L.LightningDataModule):
             "worker_init_fn": stand_apart,
         }
         if not isinstance(data, RowDataset):
+            assert isinstance(sampler, ShardedSampler)
             return BlockLoader(
                 data,
                 sampler,

@@ -404,7 +404,8 @@ def _cuts(length: int, row: Row, config: DataConfig) -> list[int]:
 
 
 def _places(length: int, config: DataConfig) -> list[int]:
-    whole = config.packing == "wrapped" and config.long_documents == "split"  # cut in packing
+    cut_later = config.packing in ("wrapped", "continued")
+    whole = cut_later and config.long_documents == "split"
     if length <= config.seq_len or whole:
         return [0, length]
     if config.long_documents == "truncate":

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
-from mamba2_train.data.packing import EMPTY, Batch, Collator
+from mamba2_train.data.packing import EMPTY, Batch, Collator, Span
 from mamba2_train.data.streaming import BlockDataset
 from mamba2_train.errors import UserError
 
@@ -94,11 +94,65 @@ class ShardedSampler(Sampler[int]):
         return np.concatenate([*batches, tail])
 
 
-class BatchSampler(Sampler[list[int]]):
+class LaneSampler(Sampler[Span]):
+    """The rows of one rank where an epoch's documents stand end to end in equal lanes, one for each
+    row of a batch of all ranks: batch after batch, each lane goes on where it stopped.
+
+    Args:
+        n_tokens: of all documents.
+        batch_size: lanes of one rank.
+        shuffle: the documents stand in another order each epoch.
+    """
+
+    def __init__(
+        self,
+        n_tokens: int,
+        seq_len: int,
+        *,
+        seed: int,
+        rank: int,
+        world: int,
+        shuffle: bool,
+        batch_size: int,
+    ) -> None:
+        self.n_tokens, self.seq_len, self.seed = n_tokens, seq_len, seed
+        self.rank, self.world = rank, world
+        self.shuffle, self.batch_size = shuffle, batch_size
+        self.lane_len = -(-n_tokens // (batch_size * world))
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.batch_size * -(-self.lane_len // self.seq_len)
+
+    def __iter__(self) -> Iterator[Span]:
+        return iter(self.order(self.epoch))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def order(self, epoch: int) -> list[Span]:
+        """This rank's rows of an epoch, in order; lane l of all is of rank l % world."""
+        seed = (self.seed, epoch) if self.shuffle else None
+        lanes = range(self.rank, self.batch_size * self.world, self.world)
+
+        def span(lane: int, step: int) -> Span:
+            end = min((lane + 1) * self.lane_len, self.n_tokens)
+            start = min(lane * self.lane_len + step, end)
+            return Span(seed, start, min(start + self.seq_len, end))
+
+        steps = range(0, self.lane_len, self.seq_len)
+        return [span(lane, step) for step in steps for lane in lanes]
+
+
+class BatchSampler(Sampler[list[Any]]):
     """The rows of each batch; the epoch `start[0]` begins at its batch `start[1]`."""
 
     def __init__(
-        self, sampler: ShardedSampler, batch_size: int, start: tuple[int, int] = (0, 0)
+        self,
+        sampler: ShardedSampler | LaneSampler,
+        batch_size: int,
+        start: tuple[int, int] = (0, 0),
     ) -> None:
         self.sampler = sampler  # Lightning looks for it here, to set the epoch
         self.batch_size = batch_size
@@ -107,8 +161,8 @@ class BatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return math.ceil(len(self.sampler) / self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        rows = self.sampler.order(self.sampler.epoch)
+    def __iter__(self) -> Iterator[list[Any]]:
+        rows: list[Any] = self.sampler.order(self.sampler.epoch)
         skipped = self.start[1] if self.sampler.epoch == self.start[0] else 0
         for i in range(skipped * self.batch_size, len(rows), self.batch_size):
             yield rows[i : i + self.batch_size]

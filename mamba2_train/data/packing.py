@@ -7,15 +7,20 @@
              the others have left
     wrapped  the documents end to end, cut every seq_len tokens; only the last row has padding
     none     one document to a row
+    continued  the documents end to end, in as many lanes as a batch of all ranks has rows; each row
+             goes on in its lane where that of the batch before stopped
 
 `seq_idx` keeps the documents of a row apart. A piece of a cut document is a document of its own:
-it starts from a fresh state, and nothing predicts its first token.
+it starts from a fresh state, and nothing predicts its first token. Not so when `continued`: there
+`seq_idx` is a document's number in the epoch, by which a model that carries its state knows that it
+goes on, and `shift_labels` has for a row's last token the one that the next row begins with.
 """
 
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +44,8 @@ def arrange(documents: Documents, seq_len: int, packing: str) -> "RowDataset":
         return _wrapped(documents, seq_len)
     if packing == "none":
         return RowDataset(documents, [[i] for i in range(len(documents))])
+    if packing == "continued":
+        return LaneDataset(documents, seq_len)
     rows = pack(documents.lengths, seq_len)
     return _filled(documents, rows, seq_len) if packing == "split" else RowDataset(documents, rows)
 
@@ -112,19 +119,79 @@ class RowDataset(torch.utils.data.Dataset[Batch]):
         }
 
 
+class Span(NamedTuple):
+    """Tokens `start` to `stop` of an epoch, whose documents stand in the order that `seed` draws;
+    None: in their own."""
+
+    seed: tuple[int, ...] | None
+    start: int
+    stop: int
+
+
+class LaneDataset(RowDataset):
+    """Item `Span` as `input_ids`, `shift_labels`, `seq_idx` of its own length."""
+
+    def __init__(self, documents: Documents, seq_len: int) -> None:
+        super().__init__(documents, [])
+        self.seq_len = seq_len
+        self._order: tuple[Any, ...] = ()
+
+    def __len__(self) -> int:
+        """Rows, if there were one lane."""
+        return -(-len(self.documents.tokens) // self.seq_len)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        n = len(self.documents.tokens)
+        return np.minimum(self.seq_len, n - np.arange(0, n, self.seq_len))
+
+    def __getitem__(self, span: Span) -> Batch:  # type: ignore[override]
+        moved, bounds = self._ordered(span.seed)
+        d, n = self.documents, span.stop - span.start
+        # one more than the row: the label of its last
+        positions = np.arange(span.start, min(span.stop + 1, len(d.tokens)))
+        numbers = np.searchsorted(bounds, positions, side="right") - 1
+        kept = positions + moved[numbers]
+        tokens = d.tokens[kept].astype(np.int64)
+        labels = np.full(n, IGNORED, dtype=np.int64)
+        predicted = (numbers[1:] == numbers[:-1]) & d.learned[kept[1:]]
+        labels[: len(predicted)][predicted] = tokens[1:][predicted]
+        return {
+            "input_ids": torch.from_numpy(tokens[:n]),
+            "shift_labels": torch.from_numpy(labels),
+            "seq_idx": torch.from_numpy(numbers[:n].astype(np.int32)),
+        }
+
+    def _ordered(self, seed: tuple[int, ...] | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of the documents in an epoch's order: how far each is kept from where it stands in the
+        epoch, and where it begins there."""
+        if not self._order or self._order[0] != seed:
+            d, order = self.documents, np.arange(len(self.documents))
+            if seed is not None:
+                order = np.random.default_rng(list(seed)).permutation(order)
+            bounds = np.append(0, np.cumsum(d.lengths[order]))
+            self._order = seed, d.bounds[order] - bounds[:-1], bounds
+        return self._order[1:]
+
+
 class Collator:
     """Pads rows to one width: `seq_len`, or the longest of the batch when that is None."""
 
     def __init__(self, pad_id: int, padding_side: str, seq_len: int | None) -> None:
-        self.fill = {"input_ids": pad_id, "labels": IGNORED, "seq_idx": PADDING}
+        self.fill = {
+            "input_ids": pad_id,
+            "labels": IGNORED,
+            "shift_labels": IGNORED,
+            "seq_idx": PADDING,
+        }
         self.padding_side = padding_side
         self.seq_len = seq_len
 
     def __call__(self, rows: list[Batch]) -> Batch:
         width = self.seq_len or max(1, *(len(row["input_ids"]) for row in rows))
         batch = {}
-        for name, fill in self.fill.items():
-            out = rows[0][name].new_full((len(rows), width), fill)
+        for name in rows[0]:
+            out = rows[0][name].new_full((len(rows), width), self.fill[name])
             for target, row in zip(out, rows, strict=True):
                 start = width - len(row[name]) if self.padding_side == "left" else 0
                 target[start : start + len(row[name])] = row[name]
