@@ -1,8 +1,8 @@
 """What is done with a step whose loss or gradient is no number: it is not taken.
 
 The loss and the norm of the gradient are those of all ranks, so each comes to the same answer. To
-look at it before the weights are changed, the host waits for the backward of each step: some
-microseconds in which a GPU has nothing queued, for weights that never need to be thrown away.
+look at it before the weights are changed, the host waits for the backward of each step: a GPU then
+has nothing queued for a moment, and the weights never need to be thrown away.
 """
 
 import logging
