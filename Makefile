@@ -1,6 +1,8 @@
 # Everything runs in .venv, which each target makes or mends by itself.
 PYTHON ?= python3
 VENV ?= .venv
+# tests at a time; some start four processes of their own
+JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -10,7 +12,7 @@ demo: $(VENV)/.installed  ## fine-tune the embedded model on the embedded quotes
 	$(BIN)/mamba2-train
 
 test: $(VENV)/.dev lint  ## what CI runs
-	HF_HUB_OFFLINE=1 $(BIN)/pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 soak: $(VENV)/.dev  ## full counts: every shipped kernel compiled for every part
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow --timeout 3600
