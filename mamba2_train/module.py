@@ -152,6 +152,7 @@ class Mamba2Module(L.LightningModule):
         self.norm = norm = total_norm(gradients)
         if self.nonfinite is not None and self.nonfinite.refuses(self.trainer, loss, norm):
             optimizer.zero_grad()  # no gradient, and no optimizer touches its weight
+            self.carried = None  # what it left may be no number either
             self.log("train/skipped", float(self.nonfinite.skipped))
             return
         if not self.audited and tokens > 0:  # without a label, no gradient
