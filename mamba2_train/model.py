@@ -236,6 +236,7 @@ class Mamba2Mixer(nn.Module):
             n_groups=c.n_groups,
             dt_limit=c.dt_limit,
             eps=c.norm_eps,
+            norm=None if type(self.norm) is RMSNorm else self.norm,
         )
 
     def _A(self) -> Tensor:

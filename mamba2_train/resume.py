@@ -20,7 +20,13 @@ from torch import nn
 from mamba2_train.errors import UserError
 from mamba2_train.parallel.checkpoint import META, read_meta
 from mamba2_train.parallel.checkpoint import is_whole as is_whole_folder
-from mamba2_train.parallel.shards import boxes, is_first_holder, local, summed_over_ranks
+from mamba2_train.parallel.shards import (
+    boxes,
+    is_first_holder,
+    local,
+    mesh_of,
+    summed_over_ranks,
+)
 from mamba2_train.processes import agreed
 from mamba2_train.saving import CHECKPOINTS, RUN, checkpoints_in, step_of
 from mamba2_train.schema import TrainConfig
@@ -116,8 +122,11 @@ def identity(
         }
         if not (config.data.streaming or config.data.length_grouped):
             del cures["world"]
+        then = resumed.run
+        if 0 in (then["model"][2], now["model"][2]):  # cut over ranks before, or now
+            then = then | {"model": [*then["model"][:2], now["model"][2]]}
         for key, cure in cures.items():
-            if resumed.run[key] != now[key]:
+            if then[key] != now[key]:
                 raise UserError(f"cannot resume {resumed.checkpoint}: {cure}, or set resume=null")
     return now
 
@@ -251,8 +260,8 @@ def _checkpoints(run: Path) -> list[Path]:
 
 
 def _fingerprint(model: nn.Module) -> list[int]:
-    """Two checksums: of the names, shapes and dtypes of all tensors but quantized ones, and of the
-    values that are not trained: the others are in the checkpoint.
+    """Three checksums: of the names, shapes and dtypes of all tensors but quantized ones, of the
+    values that are not trained (the others are in the checkpoint), and of quantized ones' scales.
 
     The second is a sum over elements, so that ranks that hold parts of a tensor come to the same
     as a process that holds all of it.
@@ -267,7 +276,21 @@ def _fingerprint(model: nn.Module) -> list[int]:
     for p in model.parameters():
         if not p.is_floating_point() and is_first_holder(model, p):
             values += local(p.detach()).sum(dtype=torch.int64).cpu()  # in any rank's order
-    return [described, int(summed_over_ranks(model, values))]
+    return [described, int(summed_over_ranks(model, values)), _scales(model)]
+
+
+def _scales(model: nn.Module) -> int:
+    """Checksum of what quantized weights have beside their codes; 0 where they are cut over ranks,
+    each of which has scales of its own."""
+    if mesh_of(model) is not None:
+        return 0
+    codes = {name for name, _ in model.named_parameters()}
+    checksum = 0
+    for name, tensor in model.state_dict().items():
+        if name not in codes and isinstance(tensor, torch.Tensor):
+            raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            checksum = zlib.crc32(raw.numpy().data, zlib.crc32(name.encode(), checksum))
+    return checksum
 
 
 def _sum_of_bits(name: str, part: torch.Tensor, offsets: tuple[int, ...]) -> torch.Tensor:

@@ -236,7 +236,7 @@ def test_frozen_parameters_have_no_gradient_and_no_moments():
     memory = plan.memory()
     assert memory.gradients == 4 * n
     assert memory.optimizer == pytest.approx(8 * n, abs=1000)
-    assert set(plan._moments) == {(6, 4, 256, False, "none")}
+    assert set(plan._moments) == {(6, 4, 256, False, False, "none")}
 
 
 def test_strategies_divide_what_they_say():

@@ -6,6 +6,8 @@ small model on a CPU is some hundred operations of a few microseconds each, and 
 and passing the dispatcher at every one would take longer than they do.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -143,6 +145,7 @@ class MixerStep:
         A, D, dt_bias: (n_heads,), A negative.
         norm_weight: (d_inner,), with d_inner = n_heads * headdim.
         dt_limit, backend: as in `ssd_scan`; dt goes through softplus.
+        norm: what takes (y, z) instead of the gated norm, where its sums go over ranks.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other.
@@ -161,6 +164,7 @@ class MixerStep:
         n_groups: int,
         dt_limit: tuple[float, float] = (0.0, INFINITY),
         eps: float = 1e-5,
+        norm: Callable[[Tensor, Tensor], Tensor] | None = None,
         backend: str = "auto",
     ) -> None:
         op = "MixerStep"
@@ -194,7 +198,7 @@ class MixerStep:
         self.taps = self.conv_weight.to(self.dtype).T.contiguous()
         self.conv_bias = None if conv_bias is None else conv_bias.detach().to(self.dtype)
         self.A, self.D, self.dt_bias = widen(self.dtype, A.detach(), D.detach(), dt_bias.detach())
-        self.norm_weight = norm_weight.detach()
+        self.norm_weight, self.norm = norm_weight.detach(), norm
 
     @torch.no_grad()
     def __call__(self, zxBCdt: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
@@ -244,6 +248,8 @@ class MixerStep:
         # (b g, 1, n) @ (b g, n, r p): state @ C would take eight times as long for a batch, in MKL
         y = torch.bmm(C.reshape(-1, 1, d_state), ssm_state.view(batch * n_groups, -1, d_state).mT)
         y = y.view(x.shape).addcmul_(self.D[:, None], x).view(z.shape).to(zxBCdt.dtype)
+        if self.norm is not None:
+            return self.norm(y, z)
         return norm_torch.gated_rms_norm(y, z, self.norm_weight, self.eps, len(z[0]) // n_groups)
 
     def _by_ops(
@@ -266,6 +272,8 @@ class MixerStep:
             dt_limit=self.dt_limit,
             backend=self.backend,
         )
+        if self.norm is not None:
+            return self.norm(y.flatten(1), z)
         group_size = self.sizes[0] // self.groups[0]
         return gated_rms_norm(
             y.flatten(1), z, self.norm_weight, eps=self.eps, group_size=group_size,

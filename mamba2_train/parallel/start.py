@@ -197,8 +197,12 @@ def _packed(
 
 def _parameter(p: nn.Parameter, value: Tensor) -> nn.Parameter:
     """`value` where `p` is, on the device of `value`."""
-    if isinstance(p, DTensor):
-        # `DTensor.from_local` would move it to the mesh's device
+    if isinstance(p, DTensor) and value.device.type == p.device_mesh.device_type:
+        value = DTensor.from_local(
+            value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
+    elif isinstance(p, DTensor):
+        # on the host: `DTensor.from_local` would move it to the mesh's device
         whole: Any = torch.empty_like(p, device=value.device, requires_grad=False)
         whole.to_local().copy_(value)
         value = whole
