@@ -101,7 +101,7 @@ def identity(
     Args:
         data: fingerprint of the data; world: number of ranks that see rows of their own.
     """
-    now = {
+    now: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "model": _fingerprint(model),
         "data": data,
