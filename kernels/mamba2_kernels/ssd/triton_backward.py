@@ -544,7 +544,7 @@ def _across(
         **settings,
     )
     if n_splits > 1:
-        rows = 32
+        rows = min(32, 4096 // s.d_state)  # two float32 tiles in registers
         launch(
             finish_bc_kernel,
             (triton.cdiv(s.seq_len, rows), s.n_groups, s.batch),
