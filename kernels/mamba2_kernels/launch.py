@@ -186,9 +186,6 @@ def no_scan_kernel(x: Tensor, d_state: int) -> str | None:
         return f"headdim is {headdim}, and the kernels take {_either(HEADDIMS)}"
     if d_state not in D_STATES:
         return f"d_state is {d_state}, and the kernels take {_either(D_STATES)}"
-    if x.dtype == torch.float32 and x.is_cuda and (headdim > 64 or d_state > 128):
-        # Their float32 settings spill kilobytes or want more shared memory than there is.
-        return f"float32 with headdim {headdim} and d_state {d_state} is not tuned for a GPU"
     if seq_len > LONGEST_ROW:
         return f"seq_len is {seq_len}, and the kernels take up to {LONGEST_ROW}"
     return None
