@@ -1,12 +1,13 @@
 """How fast the kernels are on this GPU, after checking that they are right.
 
-    python -m mamba2_kernels.benchmark [--seq-len 8192] [--json FILE]
+    python -m mamba2_kernels.benchmark [--seq-len 8192] [--json FILE] [--ours]
 
 Forward and backward of the scan, the convolution and the gated norm, ours beside those of
-mamba_ssm, causal_conv1d and fla where installed, in bfloat16. Each is first checked against the
-PyTorch path in float32; one that fails is named and not timed, and then no speed-up is reported.
-Times are medians, the cache cold; bytes are what an op must read and write at least, and bytes per
-second stand beside what a copy of a large tensor reaches on the same part.
+mamba_ssm, causal_conv1d and fla where installed, in bfloat16; `--ours` leaves these out, for some
+tune themselves for minutes. Each is first checked against the PyTorch path in float32; one that
+fails is named and not timed, and then no speed-up is reported. Times are medians, the cache cold;
+bytes are what an op must read and write at least, and bytes per second stand beside what a copy of
+a large tensor reaches on the same part.
 
 Without a GPU `counted_table` says what the kernels move, counted on Triton's interpreter.
 """
@@ -173,15 +174,16 @@ OPS: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[[Shape], Op]]] =
 }
 
 
-def on_gpu(seq_len: int) -> list[Result]:
-    """Check, then time, every op of every library."""
+def on_gpu(seq_len: int, beside: bool = True) -> list[Result]:
+    """Check, then time, every op of every library, or of ours alone."""
     results = []
     for shape in SHAPES:
         for op, (make_inputs, ours) in OPS.items():
             tensors = make_inputs(shape, seq_len, "cuda", torch.bfloat16)
             wide = {name: tensor.float() for name, tensor in tensors.items()}
             expected = gradients(ours(shape), wide, "torch")
-            for library, run in [("ours", ours(shape)), *peers(op, shape)]:
+            others = peers(op, shape) if beside else ()
+            for library, run in [("ours", ours(shape)), *others]:
                 result = Result(shape.name, op, library, worst_error(run, tensors, expected))
                 if result.is_right:
                     measure(result, run, tensors)
@@ -315,13 +317,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m mamba2_kernels.benchmark")
     parser.add_argument("--seq-len", type=int, default=8192)
     parser.add_argument("--json", help="file to write the results to")
+    parser.add_argument("--ours", action="store_true", help="leave other libraries out")
     parser.add_argument("--count", action="store_true", help="also count what the kernels move")
     parser.add_argument("--count-here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.count_here:
         print(count_here(args.seq_len))
         return 0
-    results = on_gpu(args.seq_len)
+    results = on_gpu(args.seq_len, beside=not args.ours)
     limit = copy_bandwidth()
     lines = speed_ups(results)
     print(f"a copy reaches {limit:.0f} GB/s on {torch.cuda.get_device_name()}")
