@@ -28,7 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-from mamba2_kernels.launch import ARCHITECTURES, D_STATES, HEADDIMS
+from mamba2_kernels.launch import ARCHITECTURES, D_STATES, HEADDIMS, WIDEST_FLOAT32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,7 +361,10 @@ def _entries(args: argparse.Namespace) -> Iterator[Entry]:
         for bits in args.bits:
             for headdim in headdims:
                 for d_state in d_states:
-                    yield Entry(arch, headdim, d_state, bits)
+                    if bits == 16 or (
+                        headdim <= WIDEST_FLOAT32[0] and d_state <= WIDEST_FLOAT32[1]
+                    ):
+                        yield Entry(arch, headdim, d_state, bits)
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ logger = logging.getLogger("mamba2_kernels")
 
 HEADDIMS = (32, 64, 128)
 D_STATES = (16, 32, 64, 128, 256)
+WIDEST_FLOAT32 = (64, 32)  # headdim and d_state of one scan; wider ones are taken in slices
 ARCHITECTURES = (80, 86, 89, 90, 100)
 LONGEST_ROW = 1 << 29  # tokens; what document starts leave room for
 LONGEST_CONV = 4  # taps, as in causal_conv1d

@@ -2,6 +2,7 @@
 
     python -m mamba2_train.assets.build quotes      # assets/quotes.jsonl
     python -m mamba2_train.assets.build corpus      # build/tiny_base/{train,validation}.jsonl
+    python -m mamba2_train.assets.build novels      # build/novels/{train,validation}.jsonl
     python -m mamba2_train.assets.build tokenizer   # assets/tiny_base/tokenizer*.json
     python -m mamba2_train.assets.build base --model runs/pretrain_tiny/.../model
                                                     # assets/tiny_base/model.safetensors
@@ -67,6 +68,7 @@ TEST_ONE_IN = 10
 LEAK_WORDS = 8  # a run of words this long from a held-out quote keeps a document out of the corpus
 BIBLE_SHARE = 0.3  # of the corpus's characters
 VALIDATION_ONE_IN = 50
+HELD_OUT_NAME = "Wentworth"  # of Persuasion alone
 ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "—": "--", "–": "-"})
 
 VOCAB_SIZE = 4096
@@ -295,15 +297,20 @@ def between(text: str, start: str, end: str) -> str:
     return text[first.end() : text.rindex(end)]
 
 
-def prose(downloads: Path) -> Iterator[dict[str, str]]:
-    """Every document but the Bible's."""
+def austen(downloads: Path) -> Iterator[str]:
+    """The six novels, each whole."""
     database = package_files(downloads, "r-cran-janeaustenr", r"/data/Rdata\.rdb$")
     rest = next(iter(database.values()))
     while rest:  # records of (4 bytes of length, zlib stream), one novel each
         stream = zlib.decompressobj()
-        lines = r_strings(stream.decompress(rest[4:]))
+        yield "\n".join(r_strings(stream.decompress(rest[4:])))
         rest = stream.unused_data
-        yield from documents("austen", paragraphs("\n".join(lines)))
+
+
+def prose(downloads: Path) -> Iterator[dict[str, str]]:
+    """Every document but the Bible's."""
+    for novel in austen(downloads):
+        yield from documents("austen", paragraphs(novel))
 
     texts = package_files(downloads, "brotli", r"/testdata/(alice29|plrabn12)\.txt$")
     alice, milton = (t.decode("latin-1").replace("\r", "") for t in texts.values())
@@ -385,6 +392,17 @@ def build_corpus(downloads: Path, out: Path, quotes: Path) -> str:
     )
 
 
+def build_novels(downloads: Path, out: Path) -> str:
+    """Whole novels, one to a document: five to learn from and one held out."""
+    novels = ["\n\n".join(paragraphs(novel)) for novel in austen(downloads)]
+    held_out = [novel for novel in novels if HELD_OUT_NAME in novel]
+    assert len(held_out) == 1, f"{len(held_out)} novels name {HELD_OUT_NAME}"
+    train = [novel for novel in novels if HELD_OUT_NAME not in novel]
+    write_jsonl(out / "train.jsonl", ({"text": novel} for novel in train))
+    write_jsonl(out / "validation.jsonl", ({"text": novel} for novel in held_out))
+    return f"{out}: {len(train)} novels, {sum(map(len, train))} characters; one held out"
+
+
 def build_tokenizer(corpus: Path, quotes: Path, out: Path) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -457,6 +475,7 @@ def main(arguments: list[str] | None = None) -> int:
     summary = {
         "quotes": "extract, review and split the quotes",
         "corpus": "write the documents that the embedded base model is trained on",
+        "novels": "write Jane Austen's novels, each whole, for the recipe long_context",
         "tokenizer": "train the byte-level BPE tokenizer on the corpus and the train quotes",
         "base": "store a model that the recipe pretrain_tiny has trained",
     }
@@ -464,6 +483,7 @@ def main(arguments: list[str] | None = None) -> int:
     default_out = {
         "quotes": ASSETS / "quotes.jsonl",
         "corpus": corpus,
+        "novels": Path("build/novels"),
         "tokenizer": ASSETS / "tiny_base",
         "base": ASSETS / "tiny_base",
     }
@@ -472,7 +492,7 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument(
             "--out", type=Path, metavar="PATH", default=default_out[name], help="(%(default)s)"
         )
-        if name in ("quotes", "corpus"):
+        if name in ("quotes", "corpus", "novels"):
             sub.add_argument(
                 "--downloads",
                 type=Path,
@@ -494,6 +514,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(build_quotes(options.downloads, options.out))
         elif options.command == "corpus":
             print(build_corpus(options.downloads, options.out, default_out["quotes"]))
+        elif options.command == "novels":
+            print(build_novels(options.downloads, options.out))
         elif options.command == "base":
             print(build_base(options.model, options.out))
         else:

@@ -129,7 +129,7 @@ def kernels(case: Case, tensors: dict[str, Tensor], seq_idx: Tensor | None) -> d
         results = public_op(case, tensors, seq_idx, "triton")
     # a wide scan in float32 is taken in slices
     wide = case.dtype == torch.float32
-    n = -(-case.headdim // 64) * -(-case.d_state // 128) if wide else 1
+    n = -(-case.headdim // 64) * -(-case.d_state // 32) if wide else 1
     assert (launches["scan_kernel"], launches["across_kernel"]) == (before[0] + n, before[1] + n)
     return results
 

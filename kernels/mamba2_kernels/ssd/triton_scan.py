@@ -1,8 +1,8 @@
 """The scan on Triton, with the signatures of `torch_path`.
 
-In float32 a tile of a wide head does not fit: its kernels spill kilobytes, or want more shared
-memory than there is. The channels of a head are independent of one another, and y is a sum over the
-channels of its state, so a wide scan is a few narrow ones, each over a slice of every head:
+In float32, tiles of a wide head do not fit the registers: their kernels spill kilobytes. The
+channels of a head are independent of one another, and y is a sum over the channels of its state, so
+a wide scan is a few narrow ones, each over a slice of every head:
 
     y[p] = sum over slices n of scan(x[p], dt, A, B[n], C[n])
 """
@@ -12,10 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mamba2_kernels.launch import WIDEST_FLOAT32
 from mamba2_kernels.ssd import triton_backward, triton_forward
-
-# What one float32 scan takes; 16-bit ones take every shape whole.
-WIDEST_HEADDIM, WIDEST_D_STATE = 64, 128
 
 
 def forward(
@@ -107,11 +105,13 @@ def backward(
 
 
 def _is_wide(x: Tensor, B: Tensor) -> bool:
-    return x.dtype == torch.float32 and (x.shape[3] > WIDEST_HEADDIM or B.shape[3] > WIDEST_D_STATE)
+    headdim, d_state = WIDEST_FLOAT32
+    return x.dtype == torch.float32 and (x.shape[3] > headdim or B.shape[3] > d_state)
 
 
 def _slices(x: Tensor, B: Tensor) -> Iterator[tuple[slice, slice]]:
     """Slices of headdim and d_state that one scan takes."""
-    for p in range(0, x.shape[3], WIDEST_HEADDIM):
-        for n in range(0, B.shape[3], WIDEST_D_STATE):
-            yield slice(p, p + WIDEST_HEADDIM), slice(n, n + WIDEST_D_STATE)
+    headdim, d_state = WIDEST_FLOAT32
+    for p in range(0, x.shape[3], headdim):
+        for n in range(0, B.shape[3], d_state):
+            yield slice(p, p + headdim), slice(n, n + d_state)
