@@ -69,6 +69,7 @@ LEAK_WORDS = 8  # a run of words this long from a held-out quote keeps a documen
 BIBLE_SHARE = 0.3  # of the corpus's characters
 VALIDATION_ONE_IN = 50
 HELD_OUT_NAME = "Wentworth"  # of Persuasion alone
+WINDOW = 32_000  # characters of it, some 8,000 tokens
 ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "—": "--", "–": "-"})
 
 VOCAB_SIZE = 4096
@@ -400,6 +401,9 @@ def build_novels(downloads: Path, out: Path) -> str:
     train = [novel for novel in novels if HELD_OUT_NAME not in novel]
     write_jsonl(out / "train.jsonl", ({"text": novel} for novel in train))
     write_jsonl(out / "validation.jsonl", ({"text": novel} for novel in held_out))
+    # many beginnings, so that the loss at each position is a mean over more than one
+    pieces = re.findall(rf".{{{WINDOW}}}", held_out[0], re.S)
+    write_jsonl(out / "windows.jsonl", ({"text": piece} for piece in pieces))
     return f"{out}: {len(train)} novels, {sum(map(len, train))} characters; one held out"
 
 
