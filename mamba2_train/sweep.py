@@ -55,18 +55,22 @@ class Sweep(Callback):  # type: ignore[misc]
     folder: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            raise UserError(
-                "a sweep under torchrun would be run by each of its processes: start it without, "
-                "and set strategy=ddp strategy.devices=N for the jobs"
-            )
-        given = [o for o in config.hydra.overrides.task if o.startswith("run_dir=")]
-        if given:
-            raise UserError(
-                f"{given[0]} is one folder, and each job of a sweep has its own: set "
-                "hydra.sweep.dir=FOLDER, in which they are numbered"
-            )
         Sweep.folder = Path(config.hydra.sweep.dir)
+
+
+def check(arguments: list[str]) -> None:
+    """Raise a UserError if this command line cannot be a sweep."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UserError(
+            "a sweep under torchrun would be run by each of its processes: start it without, and "
+            "set strategy=ddp strategy.devices=N for the jobs"
+        )
+    given = [argument for argument in arguments if argument.startswith("run_dir=")]
+    if given:
+        raise UserError(
+            f"{given[0]} is one folder, and each job of a sweep has its own: set "
+            "hydra.sweep.dir=FOLDER, in which they are numbered"
+        )
 
 
 def run_job() -> float:

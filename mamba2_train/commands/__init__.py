@@ -71,9 +71,13 @@ def command(
             sys.argv[1:] = [_quoted(argument, free_text) for argument in sys.argv[1:]]
             _quiet()
             with _one_line_errors(), sweep.concluded():
+                function: Callable[[DictConfig], float | None] = task
+                if schema is TrainConfig and _sweeps():
+                    sweep.check(sys.argv[1:])
+                    function = sweep_job
                 hydra.main(
                     version_base="1.3", config_path="pkg://mamba2_configs", config_name=config_name
-                )(sweep_job if schema is TrainConfig and _sweeps() else task)()
+                )(function)()
 
         return main
 
