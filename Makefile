@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test soak lint bench gpu clean
+.PHONY: demo test soak lint bench gpu docs clean
 
 demo: $(VENV)/.installed  ## fine-tune the embedded model on the embedded quotes
 	$(BIN)/mamba2-train
@@ -30,6 +30,9 @@ bench: $(VENV)/.dev  ## our ops beside transformers'; what kernels move, need, c
 gpu: $(VENV)/.dev  ## what only a GPU can tell, in at most 8 minutes: gpu.json
 	$(BIN)/python .ci/gpu gpu.json
 
+docs: $(VENV)/.docs  ## the guides and the reference as pages: build/site/index.html
+	$(BIN)/mkdocs build --strict --quiet
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +42,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.installed
 	$(INSTALL) -e '.[dev]'
 	$(INSTALL) --no-deps mistral-common  # 6.6 MB, for the model file of Mistral's tokenizer alone
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(INSTALL) -e '.[docs]'
 	touch $@
 
 clean:

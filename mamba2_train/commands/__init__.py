@@ -30,9 +30,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
+from mamba2_train import sweep
+from mamba2_train.commands.help import print_help
 from mamba2_train.errors import UserError, nearest
 from mamba2_train.processes import forbid_restart, is_first_to_fail, log_only, part, rank
-from mamba2_train.schema import Group, validated
+from mamba2_train.schema import Group, TrainConfig, validated
 from mamba2_train.tracking import run_stamp
 
 console = Console(highlight=False)
@@ -58,20 +60,41 @@ def command(
                 finally:
                     part()
 
+        @functools.wraps(run)
         def main() -> None:
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                print_help(config_name, schema, run.__globals__["__doc__"])
+                return
             extend_hydra()
             # Hydra then raises its errors instead of printing them, and we print all alike
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             sys.argv[1:] = [_quoted(argument, free_text) for argument in sys.argv[1:]]
             _quiet()
-            with _one_line_errors():
+            with _one_line_errors(), sweep.concluded():
+                function: Callable[[DictConfig], float | None] = task
+                if schema is TrainConfig and _sweeps():
+                    sweep.check(sys.argv[1:])
+                    function = sweep_job
                 hydra.main(
                     version_base="1.3", config_path="pkg://mamba2_configs", config_name=config_name
-                )(task)()
+                )(function)()
 
         return main
 
     return decorate
+
+
+def sweep_job(composed: DictConfig) -> float:
+    """What Hydra calls for each job of a sweep, and pickles where the job is to run elsewhere."""
+    try:
+        validated(TrainConfig, _values(composed))
+    except UserError as error:
+        return sweep.failed_job(str(error))
+    return sweep.run_job()
+
+
+def _sweeps() -> bool:
+    return bool({"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(sys.argv[1:]))
 
 
 def _values(composed: DictConfig) -> dict[str, Any]:
