@@ -198,7 +198,8 @@ def _composition_fault(error: Exception) -> str:
         if known:
             own = "" if group else "; your own needs --config-dir FOLDER"
             asked = f"{group}=" if group else "--config-name "
-            return f"{asked}{name}: no such choice.{nearest(name, known)} Known: {', '.join(known)}{own}"
+            hint = nearest(name, known)
+            return f"{asked}{name}: no such choice.{hint} Known: {', '.join(known)}{own}"
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         known = sorted(str(key) for key in cause.parent_node)
