@@ -31,7 +31,7 @@ gpu: $(VENV)/.dev  ## what only a GPU can tell, in at most 8 minutes: gpu.json
 	$(BIN)/python .ci/gpu gpu.json
 
 docs: $(VENV)/.docs  ## the guides and the reference as pages: build/site/index.html
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'

@@ -111,7 +111,9 @@ class LoraConfig(Group):
     kind: Literal["lora"]
     r: PositiveInt = Field(description="rank")
     alpha: PositiveFloat = Field(description="the update is scaled by alpha / r")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of a target's inputs that the adapter does not see"
+    )
     rslora: bool = Field(default=False, description="scale by alpha / sqrt(r) instead")
     dora: bool = Field(default=False, description="train the weights' magnitudes apart (DoRA)")
     init: Annotated[
@@ -220,7 +222,7 @@ class AdamWConfig(Group):
     """AdamW. Decay leaves out A_log, D, dt_bias, norms and biases, as with all the others."""
 
     kind: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
-    lr: PositiveFloat
+    lr: PositiveFloat = Field(description="highest rate of the schedule")
     betas: tuple[Fraction, Fraction]
     eps: PositiveFloat
     weight_decay: NonNegativeFloat
@@ -326,8 +328,10 @@ class PrecisionConfig(Group):
     """dtype of the weights as loaded, and of the products. A_log, D, dt_bias, the scan's state, the
     statistics of norms and LoRA's weights are always float32."""
 
-    weights: Literal["float32", "bfloat16"]
-    autocast: Literal["bfloat16"] | None
+    weights: Literal["float32", "bfloat16"] = Field(description="as they are loaded")
+    autocast: Literal["bfloat16"] | None = Field(
+        description="dtype of products; null: the weights'"
+    )
 
 
 class OrdinaryContextConfig(Group):
@@ -391,8 +395,8 @@ class LoggerConfig(Group):
 
 
 class TrainerConfig(Group):
-    max_epochs: PositiveInt | None
-    max_steps: PositiveInt | None
+    max_epochs: PositiveInt | None = Field(description="the earlier of the two ends the run")
+    max_steps: PositiveInt | None = Field(description="optimizer steps")
     accumulate: PositiveInt = Field(description="micro-batches per optimizer step")
     clip_norm: PositiveFloat | None = Field(description="largest norm of the gradient")
     validate_every: PositiveInt | Fraction = Field(
@@ -417,9 +421,9 @@ class TrainerConfig(Group):
 class TrainConfig(Group):
     """A whole run of `mamba2-train`."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
-    seed: NonNegativeInt
-    run_dir: Path
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = Field(description="of the run's folder")
+    seed: NonNegativeInt = Field(description="equal seeds give equal bits")
+    run_dir: Path = Field(description="all that the run writes")
     resume: str | None = Field(
         default=None,
         description="auto: go on with run_dir or the newest run of this name, if there is one; or "

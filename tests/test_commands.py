@@ -282,7 +282,8 @@ FAULTS = {
         ["adapter=continue", "adapter.source=adapter", "model.source=truncated"],
         r"was trained on elsewhere.*model\.source=elsewhere",
     ),
-    "unknown choice": (["strategy=fspd"], r"strategy/fspd.*auto"),
+    "unknown choice": (["strategy=fspd"], r"strategy=fspd.*'fsdp'.*Known: auto, ddp"),
+    "unknown recipe": (["--config-name", "hf_lora"], r"--config-name hf_lora.*'hf_docs_lora'"),
     "full disk": (["run_dir=full/run"], r"MB free"),
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from mamba2_train import sweep
@@ -217,21 +218,31 @@ def test_submitit_runs_the_jobs(tmp_path):
 
 
 def test_optuna_seeks_the_lowest_loss(quick, tmp_path):
-    """`JOB`'s loss is its learning rate; the trials that fail are passed over."""
+    """`JOB`'s loss is its learning rate; trials that fail are passed over, and a second sweep goes
+    on with what the first has learned."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    code = quick(
+    line = [
         "hydra/sweeper=optuna",
-        "hydra.sweeper.n_trials=12",
+        "hydra.sweeper.n_trials=6",
         "hydra.sweeper.max_failure_rate=1",
-        "hydra.sweeper.sampler.seed=1",
+        "hydra.sweeper.storage=sqlite:///trials.db",
+        "hydra.sweeper.study_name=mine",
         "optimizer.lr=choice(0.5,1,2)",
         "adapter.r=range(8,16)",
-    )
-    (folder,) = (tmp_path / "multirun" / "quotes").iterdir()
-    jobs = sweep.read_jobs(folder)
-    assert len(jobs) == 12
-    rates = {next(o for o in job.overrides if "lr" in o).partition("=")[2] for job in jobs}
-    assert rates == {"0.5", "1", "2"}
-    assert code == 1  # some trial asked for 2
-    found = (folder / "optimization_results.yaml").read_text()
-    assert "best_value: 0.5" in found
+    ]
+    jobs = []
+    for seed, name in enumerate(("first", "second")):
+        code = quick(*line, f"hydra.sweep.dir={name}", f"hydra.sweeper.sampler.seed={seed}")
+        found = sweep.read_jobs(tmp_path / name)
+        assert len(found) == 6
+        assert code == any(job.error for job in found)
+        jobs += found
+    failed = ["optimizer.lr=2" in job.overrides for job in jobs]
+    assert failed == [job.status == "failed" for job in jobs]
+    assert 0 < sum(failed) < 12
+    best = yaml.safe_load((tmp_path / "second" / "optimization_results.yaml").read_text())
+    assert best["best_value"] == min(job.loss for job in jobs if not job.error)
+    import optuna
+
+    study = optuna.load_study(study_name="mine", storage="sqlite:///trials.db")
+    assert len(study.trials) == 12

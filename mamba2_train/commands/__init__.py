@@ -24,14 +24,14 @@ from typing import Any
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
 from mamba2_train import sweep
-from mamba2_train.commands.help import print_help
+from mamba2_train.commands.help import print_help, recipes
 from mamba2_train.errors import UserError, nearest
 from mamba2_train.processes import forbid_restart, is_first_to_fail, log_only, part, rank
 from mamba2_train.schema import Group, TrainConfig, validated
@@ -192,6 +192,14 @@ def _composition_fault(error: Exception) -> str:
     """Hydra's message of several lines as one, with the nearest key that exists."""
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}: needs a value"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        known = sorted(error.options or ([] if group else recipes()))
+        if known:
+            own = "" if group else "; your own needs --config-dir FOLDER"
+            asked = f"{group}=" if group else "--config-name "
+            hint = nearest(name, known)
+            return f"{asked}{name}: no such choice.{hint} Known: {', '.join(known)}{own}"
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig):
         known = sorted(str(key) for key in cause.parent_node)

@@ -81,6 +81,12 @@ def choices(config_name: str) -> dict[str, list[Choice]]:
     return groups
 
 
+def recipes() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    files = resources.files("mamba2_recipes").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
 def first_line(text: str) -> str:
     """The comment that a config file opens with; nothing where there is none."""
     opening = text.partition("\n")[0]
@@ -196,6 +202,9 @@ def print_help(config_name: str, schema: type[BaseModel], about: str) -> None:
         table.add_row(escape(written), f"[dim]{escape(known[key].meaning)}[/]")
     console.print(table)
 
+    if command == "mamba2-train":
+        names = ", ".join(recipes())
+        console.print(f"\n[bold]Recipes[/], as --config-name NAME\n\n{names}", soft_wrap=True)
     console.print(
         f"\n{command} --cfg job            every setting, with the value that this command line "
         "gives it\n"
