@@ -374,20 +374,41 @@ class SamplesConfig(Group):
     max_new_tokens: PositiveInt
     temperature: NonNegativeFloat
     top_p: Annotated[float, Field(gt=0, le=1)]
+    every_validation: bool = Field(
+        default=True, description="continue them after each validation too"
+    )
+
+
+class HealthConfig(Group):
+    """What tells how the model and the machine are: norms by kind, dt and decay by layer."""
+
+    every_steps: PositiveInt = Field(description="optimizer steps between two looks")
 
 
 class CallbacksConfig(Group):
     saving: SavingConfig
     early_stopping: EarlyStoppingConfig | None
     samples: SamplesConfig
+    health: HealthConfig | None = Field(default=None, description="null: not watched")
 
 
 class LoggerConfig(Group):
     """CSV is always written: the report is made from it."""
 
-    wandb: Literal["offline", "online"] | None
+    wandb: Literal["auto", "offline", "online"] | None = Field(
+        description="auto: online where a key is set and its server answers, else offline"
+    )
+    tensorboard: bool = False
+    trackio: bool = False
+    mlflow: bool = False
     project: str
     tags: list[str] = []
+
+    @property
+    def trackers(self) -> list[str]:
+        """Where figures go beside the CSV."""
+        chosen = ("tensorboard", "trackio", "mlflow")
+        return ["wandb"] * (self.wandb is not None) + [t for t in chosen if getattr(self, t)]
 
 
 class TrainerConfig(Group):
