@@ -60,7 +60,12 @@ class Health(Callback):
         self._listen(module.model, batch["seq_idx"])  # type: ignore[arg-type]
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, *_: Any, **__: Any
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         if not self.due:
             return
@@ -130,7 +135,8 @@ def lora_norms(model: nn.Module, base: dict[str, float]) -> dict[str, float]:
     must call this.
     """
     squares: dict[str, float] = defaultdict(float)
-    scales = {name: m.scaling for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    tuned: dict[str, Any] = dict(model.named_modules())
+    scales = {n: tuned[n].scaling for n, m in tuned.items() if isinstance(m, BaseTunerLayer)}
     first: dict[tuple[str, str], Tensor] = {}
     for name, tensor in whole_tensors(model, lambda p: p.detach() if p.requires_grad else None):
         if ".lora_" not in name or "magnitude" in name:

@@ -2,8 +2,9 @@
 MLflow that was asked for.
 
 A run that goes on computes again what it logged behind its checkpoint, to the same bits. The CSV is
-cut back to the checkpoint; the others cannot forget a point, so what each has got is noted in
-`tracking.json`, beside the id by which it is found again, and is not sent twice.
+cut back to the checkpoint, and all that it then holds is offered to the others again, for a process
+that was killed may have taken some of it along. None of them can forget a point: what each has got
+is noted in `tracking.json`, beside the id by which it is found again, and is not sent twice.
 """
 
 import atexit
@@ -19,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
@@ -64,11 +65,11 @@ def wandb_mode(asked: Literal["auto", "online"]) -> WandbMode:
     Raises:
         UserError: `online` was asked for, and there is no key, or no such answer.
     """
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+    url = wandb_url()
     if asked == "auto" and os.environ.get("WANDB_MODE", "online") != "online":
         return "offline"
-    key = os.environ.get("WANDB_API_KEY") or _stored_key(url)
-    fault = "there is no key: set WANDB_API_KEY" if not key else _fault(url, key)
+    key = os.environ.get("WANDB_API_KEY") or stored_key(url)
+    fault = "there is no key: set WANDB_API_KEY" if not key else wandb_fault(url, key)
     if not fault:
         return "online"
     if asked == "online":
@@ -78,7 +79,11 @@ def wandb_mode(asked: Literal["auto", "online"]) -> WandbMode:
     return "offline"
 
 
-def _stored_key(url: str) -> str | None:
+def wandb_url() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+
+
+def stored_key(url: str) -> str | None:
     """What `wandb login` has left."""
     try:
         found = netrc.netrc().authenticators(urlsplit(url).hostname or "")
@@ -87,7 +92,7 @@ def _stored_key(url: str) -> str | None:
     return found[2] if found else None
 
 
-def _fault(url: str, key: str) -> str:
+def wandb_fault(url: str, key: str, timeout: float = PATIENCE) -> str:
     """Why the server at `url` cannot be logged to; empty if it can."""
     answers: list[str] = []
 
@@ -99,7 +104,7 @@ def _fault(url: str, key: str) -> str:
             headers={"Authorization": f"Basic {token}", "Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
                 viewer = json.load(response)["data"]["viewer"]
             answers.append("" if viewer else f"{url} does not know the key: set WANDB_API_KEY")
         except urllib.error.HTTPError as error:
@@ -112,14 +117,16 @@ def _fault(url: str, key: str) -> str:
     # in a thread: no timeout bounds the look-up of a name
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(PATIENCE + 0.5)
-    return answers[0] if answers else f"{url} did not answer within {PATIENCE:g} s"
+    thread.join(timeout + 0.5)
+    return answers[0] if answers else f"{url} did not answer within {timeout:g} s"
 
 
 class Tracker(Protocol):
-    """One place that figures are sent to. `id` finds it again when the run goes on."""
+    """One place that figures are sent to. `id` finds it again when the run goes on; `arrived` is
+    the last step that it has of each group, where it knows better than our notes."""
 
     id: str | None
+    arrived: dict[str, int] | None
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 
@@ -129,8 +136,11 @@ class Tracker(Protocol):
 
 
 class Wandb:
-    """`wandb/` in the run folder. Offline, a run that goes on adds another part to it, which
-    `wandb sync --append` puts behind the first."""
+    """`wandb/` in the run folder. What it has not yet put on the disk or sent, up to half a minute,
+    dies with its process; so it is told everything again. Online it knows how many calls have come;
+    offline a new file takes the place of what there was, which is put aside."""
+
+    arrived: dict[str, int] | None = {}  # noqa: RUF012
 
     def __init__(
         self, config: LoggerConfig, name: str, folder: Path, mode: WandbMode, known: str | None
@@ -140,6 +150,11 @@ class Wandb:
         os.environ.setdefault("WANDB_CONSOLE", "off")
         import wandb
 
+        if mode == "offline":
+            for part in folder.glob("wandb/offline-run-*"):
+                aside = folder / "wandb" / "superseded" / part.name
+                aside.parent.mkdir(exist_ok=True)
+                part.rename(aside)
         self.wandb = wandb
         self.run = wandb.init(
             project=config.project,
@@ -152,6 +167,7 @@ class Wandb:
             settings=wandb.Settings(init_timeout=20),
         )
         self.id: str | None = self.run.id
+        self.calls, self.calls_known = 0, self.run.starting_step
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -159,11 +175,16 @@ class Wandb:
         self.run.config.update(settings, allow_val_change=True)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        self.run.log(metrics | {"step": step})
+        self._log(metrics | {"step": step})
 
     def samples(self, rows: Rows, step: int) -> None:
         table = self.wandb.Table(columns=list(rows[0]), data=[list(r.values()) for r in rows])
-        self.run.log({"samples": table, "step": step})
+        self._log({"samples": table, "step": step})
+
+    def _log(self, values: dict[str, Any]) -> None:
+        if self.calls >= self.calls_known:
+            self.run.log(values)
+        self.calls += 1
 
     def close(self, succeeded: bool) -> None:
         self.run.finish(0 if succeeded else 1)
@@ -173,11 +194,12 @@ class TensorBoard:
     """`tensorboard/` in the run folder; each process of the run adds a file."""
 
     id: str | None = None
+    arrived: dict[str, int] | None = None
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer: Any = SummaryWriter(folder / "tensorboard")  # type: ignore[no-untyped-call]
+        self.writer: Any = SummaryWriter(folder / "tensorboard")
 
     def configure(self, settings: dict[str, Any]) -> None:
         lines = "".join(f"    {key}: {value}\n" for key, value in _flat(settings).items())
@@ -207,6 +229,10 @@ class Trackio:
 
         self.trackio = trackio
         self.id: str | None = known or name
+        self.arrived: dict[str, int] | None = {}
+        for point in trackio.SQLiteStorage.get_logs(config.project, self.id) if known else ():
+            group = "samples" if "samples" in point else group_of(point)
+            self.arrived[group] = max(self.arrived.get(group, -1), point["step"])
         with contextlib.redirect_stdout(io.StringIO()):  # six lines of advice
             self.run = trackio.init(
                 project=config.project,
@@ -234,6 +260,8 @@ class Trackio:
 
 class MLflow:
     """The server or folder of MLFLOW_TRACKING_URI, or `mlflow/` in the run folder."""
+
+    arrived: dict[str, int] | None = None
 
     def __init__(self, config: LoggerConfig, name: str, folder: Path, known: str | None) -> None:
         # or a server that is gone keeps each point waiting for 14 minutes
@@ -333,13 +361,22 @@ class Trackers(Logger):
                 logger.warning("the run goes on without %s: %s", kind, _line(error))
                 continue
             note["id"] = tracker.id
+            if tracker.arrived is not None:
+                note["logged"] = dict(tracker.arrived)
             self.open[kind] = tracker
         self._write_notes()
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """A group of metrics, which its first key names: `train/loss`, `val/loss`, ..."""
-        group = next((key.partition("/")[0] for key in metrics if "/" in key), "")
-        self._send(group, int(step or 0), lambda tracker: tracker.log(metrics, int(step or 0)))
+        at = int(step or 0)
+        self._send(group_of(metrics), at, lambda tracker: tracker.log(metrics, at))
+
+    def replay(self, points: list[dict[str, float]], samples: dict[int, Rows]) -> None:
+        """What was logged up to the checkpoint, in order; `samples` by the step of their points."""
+        for point in points:
+            step = int(point["step"])
+            self.log_metrics({k: v for k, v in point.items() if k != "step"}, step)
+            if group_of(point) == "val":
+                self.log_samples(samples.pop(step, []), step)
 
     def log_samples(self, rows: Rows, step: int) -> None:
         """A table of texts, a row each with the same keys."""
@@ -380,8 +417,14 @@ class Trackers(Logger):
 
 def build_loggers(config: LoggerConfig, name: str, run_dir: Path, mode: WandbMode) -> list[Logger]:
     """The CSV first, which the report is made from."""
-    csv = CSVLogger(run_dir, name=None, version=CSV_FOLDER)  # type: ignore[arg-type]
+    csv = CSVLogger(run_dir, name=None, version=CSV_FOLDER)
     return [csv, *([Trackers(config, name, run_dir, mode)] if config.trackers else [])]
+
+
+def group_of(metrics: Iterable[str]) -> str:
+    """What is logged in one call, and at most once in a step."""
+    groups = {key.partition("/")[0] for key in metrics}
+    return next((group for group in ("val", "train") if group in groups), "health")
 
 
 def trackers_of(loggers: list[Logger]) -> Trackers | None:

@@ -5,6 +5,7 @@ import math
 import shlex
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import datetime
@@ -40,6 +41,7 @@ from mamba2_train.tracking import (
     CSV_FOLDER,
     continue_metrics,
     environment,
+    read_points,
     write_json,
 )
 
@@ -96,6 +98,8 @@ class Run:
             if self.trackers is not None:
                 about = {"environment": self.result["versions"], "model": self.result["model"]}
                 self.trackers.begin({**settings, "run": about}, goes_on=resumed is not None)
+                if resumed is not None:
+                    self.trackers.replay(read_points(self.folder), samples_so_far(self.folder))
 
     def announce(self) -> None:
         if not self.trainer.is_global_zero:
@@ -341,6 +345,18 @@ def forget_samples(path: Path, behind: int) -> None:
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if _step_of(line) <= behind]
         path.write_text("".join(kept))
+
+
+def samples_so_far(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """By the step that their validation is logged at; of the base model at 0."""
+    start, by_step = read_start(folder), defaultdict(list)
+    if "before" in start:
+        by_step[0] = _rows(start["prompts"], start["before"])
+    path = folder / SAMPLES_BY_STEP
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        row = json.loads(line)
+        by_step[row.pop("step") - 1].append(row)
+    return by_step
 
 
 def _step_of(line: str) -> float:

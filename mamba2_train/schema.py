@@ -689,6 +689,27 @@ class EvaluateConfig(Group):
         return self
 
 
+class ReportConfig(Group):
+    """A run of `mamba2-report`."""
+
+    runs: str | list[str] = Field(
+        description="run folders, folders of runs, globs, or names in runs/", min_length=1
+    )
+    out: Path | None = Field(
+        description="the page; null: report.html, or of one run the one in its folder"
+    )
+    debug: bool
+
+
+class DoctorConfig(Group):
+    """A run of `mamba2-doctor`."""
+
+    run_dir: Path = Field(description="where runs would be written")
+    timeout: PositiveFloat = Field(description="seconds that a server has to answer")
+    as_json: bool = Field(alias="json", description="one JSON object instead of lines")
+    debug: bool
+
+
 def validated(schema: type[Group], values: dict[str, Any]) -> Any:
     """`values` as a `schema`, or a UserError that names the path of each fault and the cure."""
     try:

@@ -44,6 +44,15 @@ def continue_metrics(run_dir: Path, logger: Logger, n_rows: int) -> None:
     aside.unlink()
 
 
+def read_points(run_dir: Path) -> list[dict[str, float]]:
+    """The rows of the folder's metrics, `step` among them."""
+    path = run_dir / CSV_FOLDER / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [{k: float(v) for k, v in row.items() if k and v} for row in csv.DictReader(file)]
+
+
 def count_rows(run_dir: Path) -> int:
     """Rows of metrics that are on the disk."""
     path = run_dir / CSV_FOLDER / "metrics.csv"
