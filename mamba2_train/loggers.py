@@ -342,7 +342,7 @@ class Trackers(Logger):
             self.notes = dict(json.loads((self.folder / NOTES).read_text()))
         name = f"{self.run_name}-{self.folder.name}"
         makers: dict[str, Callable[[str | None], Any]] = {
-            "wandb": lambda known: Wandb(self.config, name, self.folder, self.mode, known),
+            "wandb": lambda known: self._wandb(name, known),
             "tensorboard": lambda known: TensorBoard(self.folder),
             "trackio": lambda known: Trackio(self.config, name, known),
             "mlflow": lambda known: MLflow(self.config, name, self.folder, known),

@@ -1,5 +1,6 @@
 """Where figures go: what is chosen, how wandb is decided, and that a tracker never ends a run."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -90,10 +91,11 @@ def drips(handler):
     """A byte every now and then: no timeout between two of them ends it."""
     handler.send_response(200)
     handler.end_headers()
-    for _ in range(100):
-        handler.wfile.write(b" ")
-        handler.wfile.flush()
-        time.sleep(0.1)
+    with contextlib.suppress(OSError):  # once nobody listens any more
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+            time.sleep(0.1)
 
 
 ANSWERS = {
@@ -202,7 +204,7 @@ def trackers(monkeypatch, tmp_path):
 
         monkeypatch.setattr(loggers, "TensorBoard", make)
         monkeypatch.setattr(loggers, "MLflow", make)
-        csv, both = build_loggers(config(tensorboard=True, mlflow=True), "x", tmp_path, "offline")
+        _, both = build_loggers(config(tensorboard=True, mlflow=True), "x", tmp_path, "offline")
         both.begin({"a": 1}, goes_on=goes_on)
         made.append(pair)
         return both, *pair
@@ -266,6 +268,19 @@ def test_a_tracker_that_cannot_be_opened_ends_a_new_run_alone(monkeypatch, tmp_p
     both.begin({}, goes_on=True)
     assert "the run goes on without mlflow" in caplog.text
     both.log_metrics({"train/loss": 1.0}, 0)
+
+
+def test_wandb_that_fails_to_start_online_goes_on_offline_if_it_may(monkeypatch, tmp_path, caplog):
+    def start(config, name, folder, mode, known):
+        if mode == "online":
+            raise TimeoutError("init timed out")
+        return Recorder(known)
+
+    monkeypatch.setattr(loggers, "Wandb", start)
+    Trackers(config(wandb="auto"), "x", tmp_path, "online").begin({}, goes_on=False)
+    assert "wandb goes on offline: init timed out" in caplog.text
+    with pytest.raises(UserError, match="logger=wandb cannot be opened: init timed out"):
+        Trackers(config(wandb="online"), "x", tmp_path, "online").begin({}, goes_on=False)
 
 
 def test_other_ranks_open_and_write_nothing(tmp_path):
