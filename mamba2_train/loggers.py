@@ -366,6 +366,15 @@ class Trackers(Logger):
             self.open[kind] = tracker
         self._write_notes()
 
+    def _wandb(self, name: str, known: str | None) -> Wandb:
+        try:
+            return Wandb(self.config, name, self.folder, self.mode, known)
+        except Exception as error:
+            if self.mode == "offline" or self.config.wandb == "online":
+                raise
+            logger.warning("wandb goes on offline: %s; `wandb sync` later", _line(error))
+            return Wandb(self.config, name, self.folder, "offline", known)
+
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         at = int(step or 0)
         self._send(group_of(metrics), at, lambda tracker: tracker.log(metrics, at))
