@@ -11,6 +11,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 from torch import Tensor
 
+from mamba2_train.health import Health
 from mamba2_train.model import Mamba2LM, flops_per_token
 from mamba2_train.parallel.strategy import data_ranks
 from mamba2_train.schema import TrainConfig
@@ -23,6 +24,8 @@ def build_callbacks(config: TrainConfig) -> list[Callback]:
     if config.callbacks.early_stopping is not None:
         patience = config.callbacks.early_stopping.patience
         callbacks.append(EarlyStopping("val/loss", patience=patience))
+    if config.callbacks.health is not None:
+        callbacks.append(Health(config.callbacks.health.every_steps))
     if config.trainer.progress_bar:
         callbacks.append(ProgressBar())
     return callbacks

@@ -10,12 +10,12 @@ are divided once, by the total, before they are clipped. Averaging the means of 
 instead would weigh a token by how empty its batch is.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba2_train.audit import check_gradients
 from mamba2_train.errors import UserError
@@ -103,6 +103,8 @@ class Mamba2Module(L.LightningModule):
         # truncated: in which states the next batch, of training and of validation, begins
         self.carried: Mamba2State | None = None
         self.carried_in_validation: Mamba2State | None = None
+        # called when the gradients of a step are summed and not yet clipped
+        self.on_gradients: Callable[[nn.Module], None] | None = None
         self.audited = False  # whether all that is trained has been seen to get a gradient
         self.window = TokenMean()  # the micro-batches of one optimizer step
         self.validation = TokenMean()
@@ -158,6 +160,8 @@ class Mamba2Module(L.LightningModule):
         if not self.audited and tokens > 0:  # without a label, no gradient
             check_gradients(self.model)
             self.audited = True
+        if self.on_gradients is not None:
+            self.on_gradients(self.model)
         self.log_dict(
             {
                 "train/loss": loss.float(),

@@ -2,57 +2,43 @@
 
     csv/metrics.csv + config.yaml + result.json + samples.jsonl -> report.html
 
-The page loads nothing and runs nothing: plots are inline SVG, drawn in placeholder colours that
-are then exchanged for the template's CSS variables, so that they follow light, dark and print.
-Every input may be missing, empty or torn by a crash; the page shows what there is and says what
-it could not read. Equal inputs give equal bytes.
+The page loads nothing and runs nothing. It shows what there is and says what it could not read.
+Equal inputs give equal bytes. `compare` makes one page of several runs.
 """
 
-import csv
-import io
-import itertools
-import json
 import math
-import re
 import statistics
-from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from jinja2 import ChainableUndefined, Environment
-from markupsafe import Markup
 
+from mamba2_train.comparison import compare
 from mamba2_train.errors import UserError
-
-Series = dict[float, float]  # step -> value, steps ascending
-Curve = tuple[np.ndarray, np.ndarray, dict[str, Any]]  # x, y, how it is drawn
-
-LINE, BASE, BAD, AXIS, GRID = "#fe0001", "#fe0002", "#fe0003", "#fe0004", "#fe0005"
-CSS_VARIABLES = {LINE: "line", BASE: "base", BAD: "bad", AXIS: "muted", GRID: "rule"}
-MAX_POINTS = 500  # of a drawn curve; a raw one has twice as many, the extremes of each bucket
-LOG_FROM = 30.0  # highest over lowest value
-
-
-class Plot(NamedTuple):
-    """One figure of the page: a column of the metrics, its title, and how it is drawn."""
-
-    column: str
-    title: str
-    smoothed: bool = False
-    from_zero: bool = False
-
-
-PLOTS = (
-    Plot("train/loss", "Training loss", smoothed=True),
-    Plot("val/perplexity", "Held-out perplexity"),
-    Plot("train/lr", "Learning rate", from_zero=True),
-    Plot("train/grad_norm", "Gradient norm", smoothed=True),
-    Plot("perf/tokens_per_sec", "Tokens per second", from_zero=True),
-    Plot("perf/peak_mem_gib", "Peak memory (GiB)", from_zero=True),
+from mamba2_train.report_parts import (
+    BASE,
+    LINE,
+    PLOTS,
+    Curve,
+    Plot,
+    Series,
+    draw,
+    is_number,
+    mapping,
+    needs_log,
+    percent_change,
+    read,
+    read_metrics,
+    read_result,
+    read_samples,
+    running_median,
+    template,
+    thinned,
+    value,
 )
+
+__all__ = ["compare", "write_report"]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -66,30 +52,25 @@ def write_report(run_dir: Path) -> Path:
     if not run_dir.is_dir():
         raise UserError(f"there is no run folder at {run_dir}: give the folder that a run wrote")
     notes: list[str] = []
-    result = _read_result(run_dir / "result.json", notes)
-    samples = _read_samples(run_dir / "samples.jsonl", notes)
-    metrics = _read_metrics(run_dir / "csv" / "metrics.csv")
+    result = read_result(run_dir / "result.json", notes)
+    samples = read_samples(run_dir / "samples.jsonl", notes)
+    metrics = read_metrics(run_dir / "csv" / "metrics.csv")
     steps = sorted({step for series in metrics.values() for step in series})
     validated = max(metrics.get("val/perplexity", {}), default=0.0)
-    base = _validation(metrics, 0.0) | _mapping(result.get("base"))
-    final = _validation(metrics, validated or None) | _mapping(result.get("final"))
+    base = _validation(metrics, 0.0) | mapping(result.get("base"))
+    final = _validation(metrics, validated or None) | mapping(result.get("final"))
     finite = {c: [v for v in s.values() if math.isfinite(v)] for c, s in metrics.items()}
     speed, mfu, memory = (
         finite.get(f"perf/{name}") for name in ("tokens_per_sec", "mfu", "peak_mem_gib")
     )
 
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=ChainableUndefined
-    )
-    environment.filters |= {f.__name__: _or_words(f) for f in (value, compact, duration)}
-    template = resources.files("mamba2_train.assets").joinpath("report.html.jinja")
-    page = environment.from_string(template.read_text(encoding="utf-8")).render(
+    page = template("report.html.jinja").render(
         name=result.get("name") or run_dir.resolve().name,
         result=result,
         notes=notes,
         base=base,
         final=final,
-        change=_percent_change(base.get("val/perplexity"), final.get("val/perplexity")),
+        change=percent_change(base.get("val/perplexity"), final.get("val/perplexity")),
         last_step=steps[-1] if steps else None,
         speed=statistics.median(speed) if speed else None,
         mfu=statistics.median(mfu) if mfu else None,
@@ -103,112 +84,12 @@ def write_report(run_dir: Path) -> Path:
             plot.title[0].lower() + plot.title[1:] for plot in PLOTS if plot.column not in metrics
         ],
         samples=samples,
-        files=_files(run_dir, _mapping(result.get("outputs"))),
-        config=_read(run_dir / "config.yaml"),
+        files=_files(run_dir, mapping(result.get("outputs"))),
+        config=read(run_dir / "config.yaml"),
     )
     path = run_dir / "report.html"
     path.write_text(page, encoding="utf-8", errors="replace", newline="\n")  # lone surrogates: "?"
     return path
-
-
-def value(number: float) -> str:
-    """Four significant digits, trailing zeros among them; whole from a thousand on."""
-    if number == 0 or 1e3 <= abs(number) < 1e9:
-        return f"{number:,.0f}"
-    return f"{number:#.4g}".rstrip(".")
-
-
-def compact(number: float) -> str:
-    """Three significant digits and a unit from a million on: `640`, `13.8 M`, `1.34 B`."""
-    for unit, letter in ((1e9, "B"), (1e6, "M")):
-        if number >= unit:
-            return f"{number / unit:.3g} {letter}"
-    return f"{number:,.0f}"
-
-
-def duration(seconds: float) -> str:
-    """The two largest units: `2 d 3 h`, `1 h 12 min`, `5 min 3 s`; tenths below ten seconds."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    (hours, minutes), rest = divmod(round(seconds) // 60, 60), round(seconds) % 60
-    amounts = [(hours // 24, "d"), (hours % 24, "h"), (minutes, "min"), (rest, "s")]
-    while not amounts[0][0]:
-        del amounts[0]
-    return " ".join(f"{amount} {unit}" for amount, unit in amounts[:2] if amount)
-
-
-def _or_words(form: Callable[[float], str]) -> Callable[[Any], str]:
-    """`form` for whatever a file may hold in a number's place."""
-
-    def checked(number: Any) -> str:
-        if not _is_number(number):
-            return ""
-        return form(number) if math.isfinite(number) else "not finite"
-
-    return checked
-
-
-def _is_number(number: Any) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool)
-
-
-def _mapping(section: Any) -> dict[str, Any]:
-    return section if isinstance(section, dict) else {}
-
-
-def _percent_change(before: Any, after: Any) -> float | None:
-    if not (_is_number(before) and _is_number(after) and before > 0):
-        return None
-    change = 100 * (after / before - 1)
-    return change if math.isfinite(change) else None
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _read_result(path: Path, notes: list[str]) -> dict[str, Any]:
-    text = _read(path)
-    try:
-        result = json.loads(text or "{}")
-    except ValueError as error:
-        result = error
-    if not isinstance(result, dict):
-        notes.append(f"{path.name} could not be read: {result}")
-    return _mapping(result)
-
-
-def _read_samples(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    samples = []
-    # not splitlines: a sample may hold U+2028, which JSON leaves as it is
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        try:
-            samples.append(dict(json.loads(line or "{}")))
-        except (TypeError, ValueError):
-            notes.append(f"{path.name}: line {number} could not be read")
-    return [sample for sample in samples if sample]
-
-
-def _read_metrics(path: Path) -> dict[str, Series]:
-    """Column -> readings. Of two rows with one step the first counts: the evaluation of the best
-    weights, after the last step, is logged at that step too."""
-    metrics: dict[str, Series] = {}
-    for row in csv.DictReader(io.StringIO(_read(path), newline="")):
-        cells = {column: _parsed(cell) for column, cell in row.items()}
-        step = cells.pop("step", None)
-        if step is None or not math.isfinite(step):
-            continue
-        for column, number in cells.items():
-            if number is not None:
-                metrics.setdefault(column, {}).setdefault(step, number)
-    return {column: dict(sorted(series.items())) for column, series in metrics.items()}
-
-
-def _parsed(cell: Any) -> float | None:
-    try:
-        return float(cell)
-    except (TypeError, ValueError):  # an empty cell, a torn row
-        return None
 
 
 def _validation(metrics: dict[str, Series], step: float | None) -> dict[str, Any]:
@@ -238,20 +119,19 @@ def _figure(plot: Plot, series: Series, last_step: float, base: Any) -> dict[str
     x, y = steps[finite], values[finite]
     caption = [f"last {value(y[-1])}"]
     curves: list[Curve] = []
-    if plot.column == "val/perplexity" and _is_number(base) and math.isfinite(base):
+    if plot.column == "val/perplexity" and is_number(base) and math.isfinite(base):
         style = {"color": BASE, "linestyle": (0, (4, 3)), "linewidth": 1.4}
         curves.append((np.array([0.0, last_step]), np.array([base, base]), style))
         caption.append(f"dashed: base model, {value(base)}")
     half_window = len(y) // 50 if plot.smoothed else 0
     if half_window:
-        curves.append((*_thinned(x, y), {"color": LINE, "linewidth": 0.9, "alpha": 0.35}))
-        curves.append((*_running_median(x, y, half_window), {"color": LINE, "linewidth": 2}))
+        curves.append((*thinned(x, y), {"color": LINE, "linewidth": 0.9, "alpha": 0.35}))
+        curves.append((*running_median(x, y, half_window), {"color": LINE, "linewidth": 2}))
         caption.append(f"bold: median of {2 * half_window + 1:,} readings")
     else:
         marker = {"marker": "o", "markersize": 4} if len(y) <= 25 else {}
-        curves.append((*_thinned(x, y), {"color": LINE, "linewidth": 1.6, **marker}))
-    drawn = np.concatenate([y for _, y, _ in curves])
-    log = not plot.from_zero and bool(drawn.min() > 0) and drawn.max() / drawn.min() > LOG_FROM
+        curves.append((*thinned(x, y), {"color": LINE, "linewidth": 1.6, **marker}))
+    log = needs_log(plot, curves)
     if log:
         caption.append("log scale")
     return {
@@ -260,84 +140,5 @@ def _figure(plot: Plot, series: Series, last_step: float, base: Any) -> dict[str
         "caption": ", ".join(caption),
         "description": f"{plot.title} by step, {len(y)} readings: first {value(y[0])}, lowest "
         f"{value(y.min())}, highest {value(y.max())}, last {value(y[-1])}",
-        "svg": _draw(plot, curves, steps[~finite], last_step, log),
+        "svg": draw(plot, curves, steps[~finite], last_step, log),
     }
-
-
-def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest point of each bucket, so that spikes survive."""
-    if len(x) <= 2 * MAX_POINTS:
-        return x, y
-    keep = {0, len(x) - 1}
-    for low, high in itertools.pairwise(np.linspace(0, len(x), MAX_POINTS + 1).astype(int)):
-        keep |= {low + int(y[low:high].argmin()), low + int(y[low:high].argmax())}
-    index = sorted(keep)
-    return x[index], y[index]
-
-
-def _running_median(x: np.ndarray, y: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray]:
-    """Median over `half` readings to either side, or those that exist: a spike leaves no trace."""
-    centres = np.unique(np.linspace(0, len(x) - 1, MAX_POINTS).astype(int))
-    return x[centres], np.array([np.median(y[max(0, c - half) : c + half + 1]) for c in centres])
-
-
-def _draw(
-    plot: Plot, curves: list[Curve], bad_steps: np.ndarray, last_step: float, log: bool
-) -> Markup:
-    """The plot as an `<svg>` element whose colours are CSS variables and whose ids are its own."""
-    import matplotlib.style  # here: only this function needs it, and it is slow to load
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-
-    name = re.sub(r"\W", "-", plot.column)
-    ours = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10.5}
-    with matplotlib.style.context(["default", ours]):  # whatever the user's matplotlibrc says
-        figure = Figure(figsize=(400 / 72, 215 / 72))
-        axes = figure.add_axes((0.12, 0.13, 0.86, 0.83))
-        for x, y, style in curves:
-            axes.plot(x, y, **style)
-        floor = np.full(len(bad_steps), 0.03)
-        axes.plot(bad_steps, floor, "|", color=BAD, transform=axes.get_xaxis_transform())
-
-        end = max(last_step, 1)  # one step axis for all plots, so that they can be compared
-        axes.set_xlim(-0.02 * end, 1.02 * end)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        low, high = min(y.min() for _, y, _ in curves), max(y.max() for _, y, _ in curves)
-        if plot.from_zero and low >= 0 and high > 0:
-            axes.set_ylim(0, 1.08 * high)
-        if log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if high / low < 1e3 else (1,)))
-            axes.yaxis.set_minor_locator(NullLocator())
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda tick, _: _tick(tick)))
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=AXIS, length=0, pad=5)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(GRID)
-        buffer = io.StringIO()
-        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
-
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]  # without the XML declaration and the DTD's address
-    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for placeholder, variable in CSS_VARIABLES.items():
-        svg = svg.replace(placeholder, f"var(--{variable})")
-    return Markup(svg)
-
-
-def _tick(number: float) -> str:
-    size = abs(number)
-    if size >= 1e9 or 0 < size < 1e-3:
-        mantissa, exponent = f"{number:.5e}".split("e")
-        text = f"{float(mantissa):g}e{int(exponent)}"
-    elif size >= 1e6:
-        text = f"{number / 1e6:g}M"
-    elif size >= 1e4:
-        text = f"{number / 1e3:g}k"
-    else:
-        text = f"{number:g}"
-    return text.replace("-", "−")

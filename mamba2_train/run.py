@@ -5,6 +5,7 @@ import math
 import shlex
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import datetime
@@ -14,6 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.trainer.states import TrainerStatus
 from peft import PeftModel
 from rich.table import Table
@@ -25,6 +27,7 @@ from mamba2_train.commands import console
 from mamba2_train.data.datamodule import TextDataModule
 from mamba2_train.data.tokenizer import save_tokenizer
 from mamba2_train.generation import generate
+from mamba2_train.loggers import trackers_of
 from mamba2_train.model import Mamba2LM
 from mamba2_train.module import Mamba2Module
 from mamba2_train.parallel.checkpoint import load_weights
@@ -38,9 +41,11 @@ from mamba2_train.tracking import (
     CSV_FOLDER,
     continue_metrics,
     environment,
-    wandb_id,
+    read_points,
     write_json,
 )
+
+SAMPLES_BY_STEP = "samples_by_step.jsonl"  # in the run folder: those after each validation
 
 
 class Run:
@@ -63,7 +68,11 @@ class Run:
         self.data, self.tokenizer, self.adapter = data, tokenizer, adapter
         self.saver, self.resumed, self.in_one_piece = saver, resumed, in_one_piece
         self.folder = config.run_dir
+        self.trackers = trackers_of(trainer.loggers)
         parameters = list(module.model.parameters())
+        if config.callbacks.samples.every_validation:
+            # in front of what saves, so that a run goes on behind its samples
+            trainer.callbacks.insert(0, LambdaCallback(on_validation_end=self._sample_again))  # type: ignore[attr-defined]
         self.result: dict[str, Any] = {
             "name": config.name,
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -81,9 +90,16 @@ class Run:
         if trainer.is_global_zero:
             if resumed is not None:
                 inherit(resumed, self.folder)
+                forget_samples(self.folder / SAMPLES_BY_STEP, behind=resumed.step)
                 continue_metrics(self.folder, trainer.loggers[0], resumed.csv_rows)
             settings = config.model_dump(mode="json")
             (self.folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+            write_json(self.folder / "environment.json", self.result["versions"])
+            if self.trackers is not None:
+                about = {"environment": self.result["versions"], "model": self.result["model"]}
+                self.trackers.begin({**settings, "run": about}, goes_on=resumed is not None)
+                if resumed is not None:
+                    self.trackers.replay(read_points(self.folder), samples_so_far(self.folder))
 
     def announce(self) -> None:
         if not self.trainer.is_global_zero:
@@ -127,10 +143,11 @@ class Run:
                 "base": self._evaluate(),
                 "before": self._samples(),
                 "prompts": self.config.callbacks.samples.prompts,
-                "wandb": wandb_id(self.trainer.loggers),
             }
             if self.trainer.is_global_zero:
                 write_json(self.folder / START, start)
+            if self.trackers is not None:
+                self.trackers.log_samples(_rows(start["prompts"], start["before"]), 0)
         self.result |= {"started": start["started"], "base": start["base"]}
         known = dict(zip(start["prompts"], start["before"], strict=True))
         self.before = [known.get(p, "") for p in self.config.callbacks.samples.prompts]
@@ -192,6 +209,8 @@ class Run:
         lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
         (self.folder / "samples.jsonl").write_text(lines)
         report = write_report(self.folder)
+        if self.trackers is not None:
+            self.trackers.close(self.result["status"] == "finished")
         self._print_summary(samples, target, report)
 
     def _evaluate(self) -> dict[str, float]:
@@ -209,6 +228,21 @@ class Run:
         autocast = nullcontext() if alone else self.trainer.precision_plugin.forward_context()
         with autocast:
             return continuations(self.module.model, self.tokenizer, settings, seed=self.config.seed)
+
+    def _sample_again(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """After a validation within the training."""
+        if trainer.state.fn != "fit":
+            return
+        texts = self._samples()
+        if not trainer.is_global_zero:
+            return
+        rows = _rows(self.config.callbacks.samples.prompts, texts)
+        with (self.folder / SAMPLES_BY_STEP).open("a") as file:
+            for row in rows:
+                file.write(json.dumps({"step": trainer.global_step, **row}) + "\n")
+        if self.trackers is not None:
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as the validation's metrics
+            self.trackers.log_samples(rows, step)
 
     def _gathered(self) -> Mamba2LM | PeftModel:
         """What has been made, on the first rank in one piece."""
@@ -303,6 +337,37 @@ def base_name(config: TrainConfig) -> str:
     """What an adapter calls the weights below it; it may be used from another folder."""
     source = config.model.source or ""
     return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+def forget_samples(path: Path, behind: int) -> None:
+    """Those of steps that will be taken again."""
+    if path.is_file():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= behind]
+        path.write_text("".join(kept))
+
+
+def samples_so_far(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """By the step that their validation is logged at; of the base model at 0."""
+    start, by_step = read_start(folder), defaultdict(list)
+    if "before" in start:
+        by_step[0] = _rows(start["prompts"], start["before"])
+    path = folder / SAMPLES_BY_STEP
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        row = json.loads(line)
+        by_step[row.pop("step") - 1].append(row)
+    return by_step
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # cut off in the middle
+        return math.inf
+
+
+def _rows(prompts: list[str], texts: list[str]) -> list[dict[str, Any]]:
+    return [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
 
 
 def _plain(text: str) -> str:

@@ -378,20 +378,41 @@ class SamplesConfig(Group):
     max_new_tokens: PositiveInt
     temperature: NonNegativeFloat
     top_p: Annotated[float, Field(gt=0, le=1)]
+    every_validation: bool = Field(
+        default=True, description="continue them after each validation too"
+    )
+
+
+class HealthConfig(Group):
+    """What tells how the model and the machine are: norms by kind, dt and decay by layer."""
+
+    every_steps: PositiveInt = Field(description="optimizer steps between two looks")
 
 
 class CallbacksConfig(Group):
     saving: SavingConfig
     early_stopping: EarlyStoppingConfig | None
     samples: SamplesConfig
+    health: HealthConfig | None = Field(default=None, description="null: not watched")
 
 
 class LoggerConfig(Group):
     """CSV is always written: the report is made from it."""
 
-    wandb: Literal["offline", "online"] | None
+    wandb: Literal["auto", "offline", "online"] | None = Field(
+        description="auto: online where a key is set and its server answers, else offline"
+    )
+    tensorboard: bool = False
+    trackio: bool = False
+    mlflow: bool = False
     project: str
     tags: list[str] = []
+
+    @property
+    def trackers(self) -> list[str]:
+        """Where figures go beside the CSV."""
+        chosen = ("tensorboard", "trackio", "mlflow")
+        return ["wandb"] * (self.wandb is not None) + [t for t in chosen if getattr(self, t)]
 
 
 class TrainerConfig(Group):
@@ -670,6 +691,27 @@ class EvaluateConfig(Group):
         if self.quantization.stored is not None:
             bitsandbytes()
         return self
+
+
+class ReportConfig(Group):
+    """A run of `mamba2-report`."""
+
+    runs: str | list[str] = Field(
+        description="run folders, folders of runs, globs, or names in runs/", min_length=1
+    )
+    out: Path | None = Field(
+        description="the page; null: report.html, or of one run the one in its folder"
+    )
+    debug: bool
+
+
+class DoctorConfig(Group):
+    """A run of `mamba2-doctor`."""
+
+    run_dir: Path = Field(description="where runs would be written")
+    timeout: PositiveFloat = Field(description="seconds that a server has to answer")
+    as_json: bool = Field(alias="json", description="one JSON object instead of lines")
+    debug: bool
 
 
 def validated(schema: type[Group], values: dict[str, Any]) -> Any:

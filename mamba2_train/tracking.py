@@ -1,57 +1,24 @@
-"""Where a run's figures go: CSV always, wandb as asked; and the one folder that a run owns."""
+"""The one folder that a run owns: its name, its metrics, and on what it was computed."""
 
+import contextlib
 import csv
 import functools
 import json
 import os
+import platform
 import shutil
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger
 
 from mamba2_train.errors import UserError
 from mamba2_train.processes import agreed, job_started
-from mamba2_train.schema import LoggerConfig
 
 CSV_FOLDER = "csv"
-
-
-def build_loggers(
-    config: LoggerConfig, name: str, run_dir: Path, wandb_id: str | None = None
-) -> list[Logger]:
-    """`wandb_id`: of the wandb run to go on with; offline it becomes another part of that run,
-    which `wandb sync --append` puts behind the first."""
-    loggers: list[Logger] = [CSVLogger(run_dir, name=None, version=CSV_FOLDER)]
-    if config.wandb is not None:
-        if config.wandb == "online" and not os.environ.get("WANDB_API_KEY"):
-            raise UserError(
-                "logger.wandb=online needs a key: set WANDB_API_KEY, or use logger.wandb=offline "
-                "and `wandb sync` later"
-            )
-        # its own banner and console capture would bury the summary
-        os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.setdefault("WANDB_CONSOLE", "off")
-        resume: Any = {"resume": "allow"} if wandb_id and config.wandb == "online" else {}
-        wandb = WandbLogger(
-            name=f"{name}-{run_dir.name}",
-            project=config.project,
-            save_dir=run_dir,
-            offline=config.wandb == "offline",
-            tags=config.tags,
-            id=wandb_id,
-            **resume,
-        )
-        wandb._wandb_init.pop("anonymous", None)  # Lightning sets it, wandb 0.31 warns of it
-        loggers.append(wandb)
-    return loggers
-
-
-def wandb_id(loggers: list[Logger]) -> str | None:
-    """By which a resumed run adds to the same one."""
-    return next((str(x.version) for x in loggers if isinstance(x, WandbLogger)), None)
 
 
 def continue_metrics(run_dir: Path, logger: Logger, n_rows: int) -> None:
@@ -75,6 +42,15 @@ def continue_metrics(run_dir: Path, logger: Logger, n_rows: int) -> None:
     logger.experiment.metrics.extend(rows)
     logger.save()
     aside.unlink()
+
+
+def read_points(run_dir: Path) -> list[dict[str, float]]:
+    """The rows of the folder's metrics, `step` among them."""
+    path = run_dir / CSV_FOLDER / "metrics.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [{k: float(v) for k, v in row.items() if k and v} for row in csv.DictReader(file)]
 
 
 def count_rows(run_dir: Path) -> int:
@@ -114,9 +90,16 @@ def check_space(run_dir: Path, needed: int) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Versions and the state of the code, for whoever must repeat the run."""
-    packages = ("mamba2-train", "torch", "lightning", "transformers", "peft", "datasets")
-    found = {name: version(name) for name in packages}
+    """Versions, hardware and the state of the code, for whoever must repeat the run."""
+    packages = ("mamba2-train", "torch", "triton", "lightning", "transformers", "peft", "datasets")
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):  # Triton is Linux-only
+            found[name] = version(name)
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        found["gpus"] = ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names))
     commit = _git("rev-parse", "--short", "HEAD")
     if commit:
         found["git"] = commit + (" + changes" if _git("status", "--porcelain") else "")

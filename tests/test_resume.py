@@ -4,13 +4,17 @@ The truth is a run of 12 steps in one process; the others are its installed comm
 fault put into it by distributed/faulty_train.py.
 """
 
+import contextlib
 import csv
+import importlib.util
 import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import sqlite3
+import struct
 import subprocess
 import sys
 import time
@@ -62,6 +66,7 @@ COUNT = itertools.count()
 
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+ENVIRONMENT |= {"TRACKIO_DIR": "trackio", "WANDB_MODE": "offline"}
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +168,11 @@ def curves(run: Path) -> list[dict[str, str]]:
     """The rows of the metrics without what a clock or the memory says."""
     with (run / "csv" / "metrics.csv").open() as file:
         return [
-            {k: v for k, v in row.items() if v and (k[:5] != "perf/" or "packing" in k)}
+            {
+                k: v
+                for k, v in row.items()
+                if v and ("packing" in k or k.partition("/")[0] not in ("perf", "system"))
+            }
             for row in csv.DictReader(file)
         ]
 
@@ -323,6 +332,99 @@ def test_long_context_goes_on_to_the_same_bits(folder, server, kind):
     assert_same_bits(folder / f"{kind}_killed", folder / kind)
     carried = state(folder / kind)["ranks"][0]["carried"]
     assert (carried is not None) == (kind == "truncated")
+
+
+def points_in_wandb(run: Path) -> list[tuple[int, float]]:
+    """Of the parts that two processes have written. A file is a LevelDB log: blocks of 32 KiB with
+    records behind 7 bytes each, whose last is 1 or 4 where a record ends."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    points, ids = [], set()
+    for path in sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime):
+        ids.add(path.stem)
+        raw, at, whole = path.read_bytes(), 7, b""
+        while at + 7 <= len(raw):
+            left = 32_768 - at % 32_768
+            _, n, kind = struct.unpack("<IHB", raw[at : at + 7])
+            if left < 7 or not kind:
+                at += left
+                continue
+            whole, at = whole + raw[at + 7 : at + 7 + n], at + 7 + n
+            if kind in (1, 4):
+                record, whole = Record.FromString(whole), b""
+                items = {i.key or "/".join(i.nested_key): i for i in record.history.item}
+                if "train/loss" in items:
+                    pair = (items[key].value_json for key in ("step", "train/loss"))
+                    points.append(tuple(map(json.loads, pair)))
+    assert len(ids) == 1  # one run
+    return points
+
+
+def points_in_tensorboard(run: Path) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), purge_orphaned_data=False)
+    events.Reload()
+    assert "samples/text_summary" in events.Tags()["tensors"]
+    return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+
+def points_in_trackio(run: Path) -> list[tuple[int, float]]:
+    (database,) = (run.parent / "trackio").glob("*.db")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        query = "select step, metrics from metrics where run_name like ? order by id"
+        rows = connection.execute(query, (f"%{run.name}",)).fetchall()
+    read = [(step, json.loads(metrics)) for step, metrics in rows]
+    assert any("samples" in metrics for _, metrics in read)
+    return [(step, metrics["train/loss"]) for step, metrics in read if "train/loss" in metrics]
+
+
+def points_in_mlflow(run: Path) -> list[tuple[int, float]]:
+    (curve,) = run.glob("mlflow/*/*/metrics/train/loss")  # one run
+    assert list(run.glob("mlflow/*/*/artifacts/samples/step-*.json"))
+    lines = (line.split() for line in curve.read_text().splitlines())
+    return [(int(step), float(value)) for _, value, step in lines]
+
+
+def test_every_tracker_goes_on_with_its_curve(folder, truth, server):
+    """Killed three steps behind its checkpoint, a run takes these again, and each tracker has each
+    point once, in order, as the run that was never stopped logged them. Nothing that is logged or
+    looked at beside the training changes a bit of it."""
+    readers = {"wandb": points_in_wandb}
+    readers |= {
+        name: reader
+        for name, reader in (
+            ("tensorboard", points_in_tensorboard),
+            ("trackio", points_in_trackio),
+            ("mlflow", points_in_mlflow),
+        )
+        if importlib.util.find_spec(name) is not None
+    }
+    how = (
+        *(f"logger=[{','.join(readers)}]", "run_dir=tracked", "callbacks.health.every_steps=2"),
+        *("callbacks.saving.every_steps=4", "trainer.validate_every=4"),
+    )
+    code, said = launch(folder, "batch:13+slow", *how, server=server)
+    assert code == -signal.SIGKILL, said
+    newest = max((folder / "tracked" / "checkpoints").glob("*.ckpt"))
+    assert newest.stem == "step-00000004"  # and the seventh step is on its way
+    finish(folder, *how, "resume=auto", server=server)
+    rows = [row for row in curves(truth) if "train/loss" in row]
+    expected = [(int(row["step"]), float(row["train/loss"])) for row in rows]
+    assert len(expected) == 12
+    for name, reader in readers.items():
+        points = reader(folder / "tracked")
+        assert [step for step, _ in points] == list(range(12)), name
+        for (_, ours), (_, theirs) in zip(points, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6), name
+    ours = curves(folder / "tracked")
+    assert [r["step"] for r in ours if "dt/layer_00_p50" in r] == [str(n) for n in range(1, 12, 2)]
+    a, b = (torch.load(run / LAST, weights_only=True) for run in (folder / "tracked", truth))
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert same(a[key], b[key]), key
+    assert same(state(folder / "tracked")["ranks"], state(truth)["ranks"])
+    steps = (folder / "tracked" / "samples_by_step.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in steps] == [4, 8, 12]
 
 
 CHOICES = [

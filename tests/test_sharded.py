@@ -227,6 +227,13 @@ def losses(run):
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
+def watched(run):
+    """Rows of what `callbacks.health` logs."""
+    with (run / "csv" / "metrics.csv").open() as file:
+        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return [row for row in rows if "system/rss_gib" in row]
+
+
 def test_a_resumed_run_comes_to_the_same_bits(runs):
     """Dropout included: each rank's random state is its own."""
     train(runs, 2, *TWO, "run_dir=again", "resume=two/checkpoints/step-00000004")
@@ -239,11 +246,19 @@ def test_a_resumed_run_comes_to_the_same_bits(runs):
 
 
 def test_one_process_goes_on_from_two_ranks_and_back(runs):
-    """To what two ranks come to by themselves. Without dropout: its draws are a rank's own."""
-    plain = "adapter.dropout=0"
-    train(runs, 2, *TWO, plain, "run_dir=plain")
-    train(runs, 1, *ALONE, plain, "run_dir=alone", "resume=plain/checkpoints/step-00000004")
+    """To what two ranks come to by themselves. Without dropout: its draws are a rank's own. What is
+    watched beside the training is of all ranks, and one speaks of it."""
+    plain, health = "adapter.dropout=0", "callbacks.health.every_steps=6"
+    train(runs, 2, *TWO, plain, "run_dir=plain", health)
+    train(runs, 1, *ALONE, plain, "run_dir=alone", "resume=plain/checkpoints/step-00000004", health)
     assert error(saved(runs / "alone")[0], saved(runs / "plain")[0]) < 1e-6
+    (two,), (one,) = watched(runs / "plain"), watched(runs / "alone")
+    norms = [key for key in one if key.startswith(("grad_norm/", "lora_"))]
+    assert len(norms) == 6 + 3 + 3 + 3
+    for key in norms:
+        assert float(two[key]) == pytest.approx(float(one[key]), rel=1e-4), key
+    # of other positions: the first batch of each rank
+    assert float(two["dt/layer_01_p50"]) == pytest.approx(float(one["dt/layer_01_p50"]), rel=0.1)
     longer = "trainer.max_steps=8"
     train(runs, 2, *TWO, plain, "run_dir=back", "resume=alone", longer)
     train(runs, 1, *ALONE, plain, "run_dir=stayed", "resume=alone", longer)

@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import Logger
 from peft import PeftModel
 
 from mamba2_train.adapters import (
@@ -36,6 +37,7 @@ from mamba2_train.data.preview import preview
 from mamba2_train.data.sources import load_rows
 from mamba2_train.data.tokenizer import load_tokenizer
 from mamba2_train.errors import UserError
+from mamba2_train.loggers import build_loggers, check_loggers
 from mamba2_train.model import PRESETS, Mamba2Config, Mamba2LM, initialize
 from mamba2_train.module import Mamba2Module
 from mamba2_train.nonfinite import NonFinite
@@ -45,11 +47,11 @@ from mamba2_train.parallel.start import Sharding, drawn, sharded_model, stored, 
 from mamba2_train.parallel.strategy import MeshStrategy, data_ranks
 from mamba2_train.plan import Plan, shortage
 from mamba2_train.processes import check_launcher, open_log
-from mamba2_train.resume import identity, locate, read_start
+from mamba2_train.resume import identity, locate
 from mamba2_train.run import Run, base_name
 from mamba2_train.saving import CHECKPOINTS, RECENT, Checkpoints, WholeOrNot
 from mamba2_train.schema import StrategyConfig, TrainConfig
-from mamba2_train.tracking import build_loggers, check_space, count_rows
+from mamba2_train.tracking import check_space, count_rows
 from mamba2_train.watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def main(config: TrainConfig) -> None:
     started = datetime.now()
     check_launcher()
+    wandb = "offline" if config.data.preview else check_loggers(config.logger)
     config, resumed = locate(config)
     if not config.data.preview:
         open_log(config.run_dir)
@@ -104,7 +107,8 @@ def main(config: TrainConfig) -> None:
     )
     t = config.trainer
     nonfinite = NonFinite(t.on_nan, t.max_skipped, saver, config.run_dir)
-    trainer = build_trainer(config, saver, nonfinite, strategy)
+    loggers = build_loggers(config.logger, config.name, config.run_dir, wandb)
+    trainer = build_trainer(config, saver, nonfinite, strategy, loggers)
     model, adapter = build(config, shape, strategy)
     check_space(config.run_dir, _bytes_written(model, config.callbacks.saving.keep))
     saver.run = identity(config, model, data.fingerprint(), data_ranks(trainer)[0], resumed)
@@ -329,7 +333,11 @@ def count_steps(config: TrainConfig, data: TextDataModule) -> int:
 
 
 def build_trainer(
-    config: TrainConfig, saver: Checkpoints, nonfinite: NonFinite, strategy: str | MeshStrategy
+    config: TrainConfig,
+    saver: Checkpoints,
+    nonfinite: NonFinite,
+    strategy: str | MeshStrategy,
+    loggers: list[Logger],
 ) -> L.Trainer:
     t, s = config.trainer, config.strategy
     trainer = L.Trainer(
@@ -345,9 +353,7 @@ def build_trainer(
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=t.progress_bar,
-        logger=build_loggers(
-            config.logger, config.name, config.run_dir, read_start(config.run_dir).get("wandb")
-        ),
+        logger=loggers,
         # last: what it saves holds the state of the others
         callbacks=[
             *build_callbacks(config),
