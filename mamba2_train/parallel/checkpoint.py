@@ -12,6 +12,7 @@ whole.
 """
 
 import os
+import pickle
 import shutil
 import zipfile
 import zlib
@@ -26,7 +27,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -160,7 +163,7 @@ def load_whole(path: Path) -> dict[str, Any]:
     """A checkpoint in a folder as one process has it in a file; the optimizers' states are by name
     still, under `optimizers`, with `tensors`."""
     meta = read_meta(path)
-    reader = dcp.FileSystemReader(path)
+    reader = _Files(path)
     stored = reader.read_metadata().state_dict_metadata
     values: dict[str, Tensor] = {}
     for name, of in stored.items():
@@ -225,6 +228,50 @@ def remove(path: Path) -> None:
         shutil.rmtree(gone)
     else:
         path.unlink()
+
+
+class _Files(dcp.FileSystemReader):
+    """torch's reader, which would run whatever code `.metadata` names, and open any file."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        try:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                metadata = _Description(file).load()
+            files = {stored.relative_path for stored in metadata.storage_data.values()}
+            if outside := [name for name in files if name != os.path.basename(name)]:
+                raise pickle.UnpicklingError(f"it names {outside[0]}, which is not beside it")
+        except Exception as error:  # whatever comes of bytes that nobody wrote
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(
+                f"{self.path} is damaged or no checkpoint of mamba2-train ({reason}): take another"
+            ) from error
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Description(pickle.Unpickler):
+    """Unpickles where the tensors of a checkpoint are, and nothing that could run."""
+
+    known = frozenset(
+        {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}
+        | {("pathlib", "WindowsPath"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
+        | {
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"),
+                *("TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+            )
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if (module, name) in self.known else None
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            found = dtype
+        if found is None:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not run")
+        return found
 
 
 class _Writer(DefaultSavePlanner):
@@ -299,7 +346,7 @@ class _Reader(DefaultLoadPlanner):
 def _read(held: Tensors, source: Path | dict[str, Tensor]) -> None:
     if isinstance(source, Path):
         # no communication: each rank knows what it needs
-        reader = dcp.FileSystemReader(source)
+        reader = _Files(source)
         dcp.load(held, storage_reader=reader, planner=_Reader(), no_dist=True)
         return
     for name, some in held.items():
