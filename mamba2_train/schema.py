@@ -417,7 +417,7 @@ class TrainerConfig(Group):
 class TrainConfig(Group):
     """A whole run of `mamba2-train`."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     seed: NonNegativeInt
     run_dir: Path
     resume: str | None = Field(
