@@ -78,7 +78,7 @@ def locate(config: TrainConfig) -> tuple[TrainConfig, Resumed | None]:
         UserError: there is nothing at the path given; the folder holds another run, or a later
             state of this one; or a setting differs that changes the numbers.
     """
-    if config.resume is None:
+    if config.resume is None and config.run_dir.name == run_stamp():
         own = agreed("run_dir", lambda: str(_unused(config.run_dir)))
         config = config.model_copy(update={"run_dir": Path(own)})
     found = agreed("resume", lambda: str(_find(config) or ""))
@@ -232,9 +232,10 @@ def _find(config: TrainConfig) -> Path | None:
 
 
 def _unused(run_dir: Path) -> Path:
-    """`run_dir`, or, where a clock has named another run so before, with a number behind it."""
-    again = "SLURM_JOB_ID" in os.environ or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if run_dir.name != run_stamp() or again:
+    """`run_dir`, or, where a clock has named another run so before, with a number behind it. What
+    Slurm or torchrun starts again has the name that it had."""
+    env = os.environ
+    if "SLURM_JOB_ID" in env or env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return run_dir
     numbered = (run_dir.with_name(f"{run_dir.name}-{n}") for n in itertools.count(2))
     return next(path for path in itertools.chain([run_dir], numbered) if not path.exists())

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -203,9 +204,17 @@ def optimizer_names(module: nn.Module, optimizer: Optimizer) -> list[str]:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """All but the tensors of a checkpoint; those in a single file are mapped."""
+    """All but the tensors of a checkpoint; those in a single file are mapped.
+
+    Raises:
+        UserError: it is damaged or another file; a pickle of more than values is not run.
+    """
     file = path / META if path.is_dir() else path
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return dict(found)
+    except Exception as error:  # whatever comes of bytes that nobody wrote
+        raise UserError(_damaged(path, error)) from error
 
 
 def is_whole(path: Path) -> bool:
@@ -241,10 +250,7 @@ class _Files(dcp.FileSystemReader):
             if outside := [name for name in files if name != os.path.basename(name)]:
                 raise pickle.UnpicklingError(f"it names {outside[0]}, which is not beside it")
         except Exception as error:  # whatever comes of bytes that nobody wrote
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(
-                f"{self.path} is damaged or no checkpoint of mamba2-train ({reason}): take another"
-            ) from error
+            raise UserError(_damaged(self.path, error)) from error
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -347,7 +353,13 @@ def _read(held: Tensors, source: Path | dict[str, Tensor]) -> None:
     if isinstance(source, Path):
         # no communication: each rank knows what it needs
         reader = _Files(source)
-        dcp.load(held, storage_reader=reader, planner=_Reader(), no_dist=True)
+        try:
+            dcp.load(held, storage_reader=reader, planner=_Reader(), no_dist=True)
+        except CheckpointException as error:  # of all ranks, each with its own reason
+            cause = next(iter(error.failures.values()))[0]
+            if isinstance(cause, UserError):
+                raise cause from error
+            raise UserError(_damaged(source, cause)) from error
         return
     for name, some in held.items():
         for box in some:
@@ -422,6 +434,11 @@ def _checksum(file: Path) -> int:
         while part := stream.read(1 << 24):
             checksum = zlib.crc32(part, checksum)
     return checksum
+
+
+def _damaged(path: Any, error: BaseException) -> str:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"{path} is damaged or no checkpoint of mamba2-train ({reason}): take another"
 
 
 def _sync(folder: Path) -> None:
