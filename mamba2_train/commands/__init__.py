@@ -149,7 +149,7 @@ def refuse_code(composed: DictConfig) -> None:
             found = OmegaConf.to_container(part, resolve=False)
             if re.search(r"oc\.(create|decode)", str(found)):
                 raise UserError(
-                    f"hydra.{name}: may not be made by oc.create or oc.decode"
+                    f"hydra.{name}: oc.create and oc.decode may make what runs: write it out"
                 ) from None
         _refuse_calls(found, f"hydra.{name}", _BUILT)
 
