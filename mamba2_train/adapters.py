@@ -11,6 +11,8 @@ under the names of the checkpoint: peft does not read it.
 """
 
 import copy
+import json
+import logging
 import math
 import re
 import warnings
@@ -18,7 +20,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from peft import (
     LoraConfig,
@@ -26,11 +27,12 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
-    load_peft_weights,
     set_peft_model_state_dict,
 )
 from torch import Tensor, nn
 
+from mamba2_train.checkpoint import read_tensors
+from mamba2_train.checksums import check_tensor, facts_of, write_tensors
 from mamba2_train.errors import UserError, nearest
 from mamba2_train.model import Mamba2LM
 from mamba2_train.parallel.layout import plain_name
@@ -42,6 +44,13 @@ KINDS = (
     *("embeddings", "in_proj", "conv1d", "dt_bias", "A_log", "D", "norm", "out_proj"),
     "lm_head",
 )
+# of its settings, those that decide what an adapter does
+_SETTINGS = (
+    *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+    *("fan_in_fan_out", "lora_bias", "layer_replication"),
+)
+_LARGEST_RANK = 4096  # that is believed before the weights have been read
+logger = logging.getLogger(__name__)
 _INITIAL = "initial_weights"  # on a PeftModel: A and B as PiSSA or OLoRA made them
 
 
@@ -188,7 +197,7 @@ def save_adapter(
     config.target_modules = sorted(config.target_modules)  # a set: the same file each time
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    _write(weights, folder / WEIGHTS_FILE)
+    _write(weights, folder / WEIGHTS_FILE, settings=_settings(config))
     in_full = {
         name: p.detach()
         for name, p in adapted(peft_model).named_parameters()
@@ -215,16 +224,23 @@ def load_adapter(model: Mamba2LM, *folders: str | Path, trainable: bool = False)
     in_full: dict[str, Tensor] = {}
     for i, folder in enumerate(folders):
         config = read_config(folder)
+        weights = _read_weights(folder, config)
         if config.use_dora and len(folders) > 1:
             raise UserError(f"{folder} is DoRA, which scales all of a weight, so it has no sum")
         config.task_type, config.inference_mode = None, not trainable
         names.append("default" if i == 0 else f"adapter_{i}")
         with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
-            if peft_model is None:
-                peft_model = _wrapped(model, config)
-            else:
-                peft_model.add_adapter(names[-1], config)
-        _set_weights(peft_model, folder, names[-1])
+            try:
+                if peft_model is None:
+                    peft_model = _wrapped(model, config)
+                else:
+                    peft_model.add_adapter(names[-1], config)
+            except Exception as error:  # as above
+                raise UserError(
+                    f"{Path(folder) / CONFIG_FILE} does not fit the model "
+                    f"({type(error).__name__}: {_line(error)}): was it trained on another base?"
+                ) from error
+        _set_weights(peft_model, folder, weights, names[-1])
         beside = read_in_full(folder)
         if both := in_full.keys() & beside.keys():
             raise UserError(
@@ -270,11 +286,19 @@ def read_config(folder: str | Path) -> LoraConfig:
     """
     if not is_adapter(folder):
         raise UserError(f"{folder} holds no {CONFIG_FILE}: give the folder of an adapter")
-    config = PeftConfig.from_pretrained(str(folder))
+    file = Path(folder) / CONFIG_FILE
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # whatever peft makes of settings that nobody wrote
+        raise UserError(
+            f"{file} cannot be read ({type(error).__name__}: {_line(error)}): copy it again"
+        ) from error
     if not isinstance(config, LoraConfig):
         raise UserError(f"{folder} is a {config.peft_type} adapter, and only LoRA is built")
     if not config.base_model_name_or_path:
-        raise UserError(f"{Path(folder) / CONFIG_FILE} names no base_model_name_or_path; add it")
+        raise UserError(f"{file} names no base_model_name_or_path; add it")
+    if config.megatron_config is not None:  # peft would import any module that it names
+        raise UserError(f"{file} is for Megatron, which is not used here: remove megatron_config")
     return config
 
 
@@ -312,13 +336,48 @@ def _wrapped(model: Mamba2LM, config: LoraConfig) -> PeftModel:
     return peft_model
 
 
-def _set_weights(peft_model: PeftModel, folder: str | Path, name: str) -> None:
+def _read_weights(folder: str | Path, config: LoraConfig) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, which are what was written as far as can be told."""
+    names = (WEIGHTS_FILE, "adapter_model.bin")
+    file = next((f for name in names if (f := Path(folder) / name).is_file()), None)
+    if file is None:
+        raise UserError(f"adapter {folder} holds no {' and no '.join(names)}: copy it again")
+    weights = read_tensors(file)
+    facts = facts_of(file) if file.name == WEIGHTS_FILE else {}
+    for name, tensor in weights.items():
+        check_tensor(name, tensor, file, facts)
+    now = _settings(config)
+    saved = facts.get("settings", now)
+    if changed := [f"{k}={v} (was {saved.get(k)})" for k, v in now.items() if v != saved.get(k)]:
+        logger.warning(
+            "%s: its %s has %s since it was saved; unless that was meant, put it back",
+            *(folder, CONFIG_FILE, ", ".join(changed)),
+        )
+    stored = max((min(t.shape, default=0) for n, t in weights.items() if "lora_" in n), default=0)
+    asked = max([config.r, *(config.rank_pattern or {}).values()])
+    if not isinstance(asked, int) or asked > max(stored, _LARGEST_RANK):
+        raise UserError(
+            f"{Path(folder) / CONFIG_FILE} asks for rank {asked}, and the weights beside it have "
+            f"at most {stored}: copy both again"
+        )
+    return weights
+
+
+def _settings(config: LoraConfig) -> dict[str, Any]:
+    """What an adapter does beside its weights, as JSON holds it."""
+    targets: Any = config.target_modules
+    values = {name: getattr(config, name) for name in _SETTINGS}
+    values["target_modules"] = targets if isinstance(targets, str) else sorted(targets or ())
+    return dict(json.loads(json.dumps(values)))
+
+
+def _set_weights(
+    peft_model: PeftModel, folder: str | Path, weights: dict[str, Tensor], name: str
+) -> None:
     if adapted(peft_model).backbone.norm_f.weight.is_meta:
         return  # there is nothing to write to
     try:
-        result: Any = set_peft_model_state_dict(
-            peft_model, load_peft_weights(str(folder), device="cpu"), adapter_name=name
-        )
+        result: Any = set_peft_model_state_dict(peft_model, weights, adapter_name=name)
     except RuntimeError as error:  # shapes
         mismatch = str(error).splitlines()[-1].strip()
         raise UserError(
@@ -390,15 +449,23 @@ def _first_match(pattern: dict[str, Any] | None, path: str, default: Any) -> Any
     return next((value for key, value in (pattern or {}).items() if _ends(path, key)), default)
 
 
-def _write(tensors: dict[str, Tensor], file: Path) -> None:
-    dense = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    safetensors.torch.save_file(dense, file, metadata={"format": "pt"})
+def _write(tensors: dict[str, Tensor], file: Path, **facts: Any) -> None:
+    write_tensors({name: t.detach().cpu() for name, t in tensors.items()}, file, **facts)
 
 
 def read_in_full(folder: str | Path) -> dict[str, Tensor]:
     """What was trained in full beside an adapter, by the names of the checkpoint."""
     file = Path(folder) / IN_FULL_FILE
-    return safetensors.torch.load_file(file) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    tensors, facts = read_tensors(file), facts_of(file)
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, file, facts)
+    return tensors
+
+
+def _line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "no reason given")
 
 
 def _ends(path: str, pattern: str) -> bool:

@@ -9,15 +9,16 @@ leaves what was there.
 import contextlib
 import fnmatch
 import json
+import logging
 import os
-import pickle
 import re
 import shutil
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import safetensors.torch
@@ -26,6 +27,7 @@ from huggingface_hub import errors as hub
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mamba2_train.checksums import check_finite, check_tensor, facts_of, write_tensors
 from mamba2_train.errors import UserError, nearest
 from mamba2_train.layouts import (
     CONFIG_FILE,
@@ -41,6 +43,8 @@ from mamba2_train.layouts import (
 )
 from mamba2_train.model import Mamba2Config, Mamba2LM
 from mamba2_train.quantization import Quantization, is_quantized, quantize
+
+logger = logging.getLogger(__name__)
 
 # what a save takes out of an existing checkpoint; all other files stay
 _REPLACED = (
@@ -85,14 +89,16 @@ def load_pretrained(
             the model computes in `dtype` and they are frozen.
 
     Raises:
-        UserError: nothing there, a model that is not Mamba2, or weights that do not fit its config.
+        UserError: nothing there, a model that is not Mamba2, weights that do not fit its config,
+            or a damaged file (see `checksums.py` for what of it can be told).
     """
-    config, stored = _stored(path_or_id, revision)
+    config, stored, origins = _stored(path_or_id, revision)
     with torch.device("meta"):
         model = Mamba2LM(config)
     weights = {}
     for name in list(stored):  # file by file
         tensor = stored.pop(name)
+        check_tensor(*origins[name].named(tensor))
         wanted = dtype or tensor.dtype
         if quantization is not None and is_quantized(name):
             quantize(model, name, tensor, quantization, dtype=wanted, device=device)
@@ -114,22 +120,37 @@ class StoredWeights:
 
     def __init__(self, path_or_id: str | os.PathLike[str], revision: str | None = None) -> None:
         """Arguments and errors as in `load_pretrained`."""
-        self.config, stored = _stored(path_or_id, revision)
+        self.config, stored, self._origins = _stored(path_or_id, revision)
         self.dtypes = {name: tensor.dtype for name, tensor in stored.items()}
-        self._files: dict[str, tuple[Path, str]] = {}
-        for file in _find(path_or_id, revision)[2]:
-            self._files |= {our_name(name): (file, name) for name in _map(file)}
 
     def __contains__(self, name: str) -> bool:
         return name in self.dtypes
 
     def read(self, name: str, region: tuple[slice, ...]) -> Tensor:
-        """A copy of a part of a tensor, on the CPU, in the dtype in which it is stored."""
-        file, theirs = self._files[name]
+        """A copy of a part of a tensor, on the CPU, in the dtype in which it is stored.
+
+        A checksum is of the whole, so a part is only seen to be finite.
+        """
+        file, theirs, _ = self._origins[name]
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
-                return tensors.get_slice(theirs)[region].clone()
-        return _map(file)[theirs][region].clone()
+                part = tensors.get_slice(theirs)[region].clone()
+        else:
+            part = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+            part = part[theirs][region].clone()
+        check_finite(theirs, part, file)
+        return part
+
+
+class _Origin(NamedTuple):
+    """Where a tensor is stored, under which name, and what its file says about itself."""
+
+    file: Path
+    name: str
+    facts: dict[str, Any]
+
+    def named(self, tensor: Tensor) -> tuple[str, Tensor, Path, dict[str, Any]]:
+        return self.name, tensor, self.file, self.facts
 
 
 def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -177,7 +198,7 @@ def save_pretrained(
         with replacing(path) as folder:
             _write_json(config, folder / CONFIG_FILE[layout])
             if layout == HUGGINGFACE:
-                _write_shards(tensors, folder, max_shard_size)
+                _write_shards(tensors, folder, max_shard_size, asdict(model.config))
             else:
                 with (folder / "pytorch_model.bin").open("wb") as file:
                     torch.save(tensors, file)
@@ -267,22 +288,60 @@ def _find(
             if not (files := present([name])):
                 continue
             if name.endswith(".index.json"):
-                shards = sorted(set((_read_json(files[0]).get("weight_map") or {}).values()))
+                shards = _shards(files[0])
                 files = present(shards)
                 if missing := sorted(set(shards) - {file.name for file in files}):
                     raise UserError(f"{folder} lacks {_first(missing)}; download it again")
+                for file in files:
+                    _check_inside(folder, file)
             return folder, config, files
     raise UserError(f"{folder} holds no weights; expected one of {', '.join(looked_for)}")
 
 
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, which are beside it."""
+    table = _read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise UserError(f"{index} has no weight_map of tensors to files; download it again")
+    shards = sorted(set(table.values()))
+    for name in shards:
+        if not re.fullmatch(r"\w[\w. +-]*", name):
+            raise UserError(
+                f"{index} names {name!r}, and the files of a model are beside its index: do not "
+                "use it, or correct the name"
+            )
+    return shards
+
+
+def _check_inside(folder: Path, file: Path) -> None:
+    """Refuse a link to outside of the folder; the hub's cache keeps what its links lead to in
+    `blobs`."""
+    target, blobs = file.resolve(), folder.resolve().parent.parent / "blobs"
+    if target.parent not in (folder.resolve(), blobs):
+        raise UserError(
+            f"{file} is a link to {target}, outside of the model's folder: give that folder, or "
+            "copy the file"
+        )
+
+
 def _stored(
     path_or_id: str | os.PathLike[str], revision: str | None
-) -> tuple[Mamba2Config, dict[str, Tensor]]:
-    """Config and mapped weights, by our names, which fit it."""
+) -> tuple[Mamba2Config, dict[str, Tensor], dict[str, _Origin]]:
+    """Config and mapped weights, by our names, which fit it, and where each of them is."""
     folder, config, files = _find(path_or_id, revision)
     stored: dict[str, Tensor] = {}
+    origins: dict[str, _Origin] = {}
     for file in files:
-        stored |= {our_name(name): tensor for name, tensor in _map(file).items()}
+        facts = _facts(file)
+        for name, tensor in read_tensors(file).items():
+            ours = our_name(name)
+            if ours in stored:
+                raise UserError(
+                    f"{name} is in {file.name} and as {origins[ours].name} in "
+                    f"{origins[ours].file.name} of {folder}: download the model again"
+                )
+            stored[ours], origins[ours] = tensor, _Origin(file, name, facts)
+        _tell_config(facts.get("config"), config, folder)
     if config.tie_embeddings:
         _drop_tied_head(stored, folder)
     with torch.device("meta"):
@@ -292,36 +351,75 @@ def _stored(
             f"{folder}: the weights do not fit the config: {misfit}; check that both belong to "
             f"the same model"
         )
-    return config, stored
+    return config, stored, origins
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        return facts_of(file)
+    except (SafetensorError, OSError):  # `read_tensors` says what is wrong
+        return {}
+
+
+def _tell_config(saved: Any, config: Mamba2Config, folder: Path) -> None:
+    """Say so if a config was changed since its weights were saved: some settings leave every shape
+    as it was. It may be on purpose."""
+    now = json.loads(json.dumps(asdict(config)))  # tuples become lists
+    if not isinstance(saved, dict) or saved == now:
+        return
+    changed = [f"{k}={now.get(k)} (was {saved.get(k)})" for k in now if now[k] != saved.get(k)]
+    logger.warning(
+        "%s: its config has %s since the weights were saved; unless that was meant, put it back",
+        *(folder, ", ".join(changed)),
+    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not readable JSON ({error}); download it again") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds a JSON {type(values).__name__}, not an object")
     return values
 
 
-def _map(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file, mapped into memory rather than read."""
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file, safetensors or torch's, mapped into memory rather than read.
+
+    Raises:
+        UserError: it is damaged or anything else, a pickle of more than tensors included, of which
+            nothing is run.
+    """
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
-        mmap = zipfile.is_zipfile(file)  # torch's format before 1.6 cannot be mapped
+        mmap = _is_zip(file)
+        if mmap:
+            # torch does not look at the checksums of its own format; a bit would be another weight
+            with zipfile.ZipFile(file) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"the checksum of {damaged} differs")
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # whatever is made of bytes that nobody wrote
         with file.open("rb") as start:
             if start.read(40).startswith(b"version https://git-lfs"):
                 raise UserError(f"{file} is a git-lfs pointer; run `git lfs pull`") from error
         raise UserError(
             f"{file} is damaged, cut off or no file of tensors ({_line(error)}); download it again"
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(t, Tensor) for name, t in tensors.items()
+    ):
         raise UserError(f"{file} is no dictionary of tensors; give a folder of model weights")
     return tensors
+
+
+def _is_zip(file: Path) -> bool:
+    """torch's format since 1.6, which has checksums and can be mapped."""
+    return zipfile.is_zipfile(file)
 
 
 def _drop_tied_head(stored: dict[str, Tensor], folder: Path) -> None:
@@ -370,7 +468,9 @@ def _write_json(values: dict[str, Any], file: Path) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+def _write_shards(
+    tensors: dict[str, Tensor], folder: Path, max_shard_size: int | str, config: dict[str, Any]
+) -> None:
     try:
         split = huggingface_hub.split_torch_state_dict_into_shards(
             tensors, max_shard_size=max_shard_size
@@ -380,8 +480,7 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard_size: int 
             f"max_shard_size is {max_shard_size!r}; give bytes, or a size such as 200KB or 5GB"
         ) from error
     for file, names in split.filename_to_tensors.items():
-        shard = {name: tensors[name].contiguous() for name in names}
-        safetensors.torch.save_file(shard, folder / file, metadata={"format": "pt"})
+        write_tensors({name: tensors[name] for name in names}, folder / file, config=config)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(index, folder / "model.safetensors.index.json")

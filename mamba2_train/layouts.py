@@ -64,6 +64,9 @@ _PAD_VOCAB = {STATE_SPACES: 8, MISTRAL: 1}
 # keys of ssm_cfg that only draw fresh weights or choose a kernel
 _HARMLESS = {"conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor", "use_mem_eff_path"}
 
+# beyond what anybody has built, a typing error or damage would take hours to be refused by memory
+_MOST_LAYERS, _MOST_WEIGHTS, _LARGEST_CHUNK = 4096, 2**40, 2**16
+
 _VARIANT = "a variant of the mixer that no published model has, and that is not built"
 # name -> the values that are built (None: absent), and why others are refused
 _DEMANDS: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
@@ -134,6 +137,17 @@ def config_from(values: Mapping[str, Any], layout: str, source: object) -> Mamba
         ours = Mamba2Config(**config)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
+    largest = max(ours.d_in_proj, ours.vocab_size, ours.d_conv_channels) * ours.d_model
+    for what, size, most in (
+        ("layers", ours.n_layers, _MOST_LAYERS),
+        ("weights in one matrix", max(largest, ours.d_conv_channels * ours.d_conv), _MOST_WEIGHTS),
+        ("tokens in a chunk", ours.chunk_size, _LARGEST_CHUNK),
+    ):
+        if size > most:
+            raise UserError(
+                f"{source} asks for {size:,} {what}, and {most:,} are the most: correct it, or "
+                "download it again"
+            )
     if layout == HUGGINGFACE and values.get("num_heads", ours.n_heads) != ours.n_heads:
         raise UserError(
             f"{source}: num_heads is {values['num_heads']!r}, but expand * hidden_size / head_dim "
@@ -204,7 +218,7 @@ def _limit(value: Any, where: str) -> tuple[float, float]:
     """Bounds of dt; in JSON the upper one is Infinity, "Infinity" or {"__float__": "Infinity"}."""
     try:
         low, high = (float(v["__float__"] if isinstance(v, dict) else v) for v in value)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise UserError(f"{where}; it should be two numbers, [low, high]") from error
     if not 0.0 <= low <= high:
         raise UserError(f"{where}; it should be 0 <= low <= high")

@@ -66,6 +66,8 @@ class Mamba2Config:
         for name in (*sizes, "chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps is {self.norm_eps}; it must be a small positive number")
         if self.d_inner % self.headdim:
             raise ValueError(
                 f"headdim {self.headdim} does not divide d_inner = expand * d_model = "

@@ -1,6 +1,8 @@
 """The processes of a run: which of them this is, what they agree on before they are connected, who
 of them speaks when they fail, where each keeps its log, and how they part."""
 
+import errno
+import fcntl
 import logging
 import os
 import signal
@@ -13,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from mamba2_train.errors import UserError
+from mamba2_train.redaction import RedactingFormatter
 
 LOGS = "logs"  # folder of a run
+LOCK = "run.lock"  # in a run's folder, held by the process that writes into it
 PATIENCE = timedelta(minutes=30)  # with the first rank, which may be reading a large checkpoint
 
 # to the log of this rank alone: what would be said as many times as there are ranks
 log_only = logging.getLogger("mamba2_train.log_only")
 log_only.propagate = False
 log_only.addHandler(logging.NullHandler())
+_held: list[Any] = []  # locks, open as long as the process lives
 
 
 def rank() -> int:
@@ -81,13 +86,59 @@ def job_started() -> datetime:
     return datetime.now()
 
 
+def own(run_dir: Path) -> None:
+    """Let no other job write into this folder as long as this process lives, whatever ends it; of
+    several ranks the first holds it.
+
+    Raises:
+        UserError: another job does.
+    """
+    agreed("own", lambda: _locked(run_dir))
+
+
+def _locked(run_dir: Path) -> str:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = (run_dir / LOCK).open("a+")
+    try:
+        # POSIX's: over NFS too, and forked workers that outlive us do not keep it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
+            log_only.warning("%s cannot be locked: %s", run_dir, error)
+            return ""
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise UserError(
+            f"{run_dir} is in use by {owner}: wait for its end, or set another run_dir"
+        ) from error
+    file.truncate(0)
+    now = datetime.now().isoformat(sep=" ", timespec="seconds")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+    file.flush()
+    _held.append(file)
+    return ""
+
+
+class _RankLog(logging.FileHandler):
+    """A log that says once that it cannot be written, and lets the run go on."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self.failed:
+            self.failed = True
+            reason = sys.exc_info()[1]
+            print(f"{self.baseFilename} cannot be written: {reason}", file=sys.stderr)
+
+
 def open_log(run_dir: Path) -> None:
     """From now on what this rank logs and warns of goes to `logs/rank-N.log` too, and the traceback
     of its end."""
     path = run_dir / LOGS / f"rank-{rank()}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler = _RankLog(path)
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.captureWarnings(True)
     for logger in (logging.getLogger(), log_only):
         logger.addHandler(handler)

@@ -4,6 +4,7 @@ resume=auto    the newest checkpoint in run_dir, or in the newest run of this na
 resume=PATH    that checkpoint, or the newest of that run; the run goes on in run_dir
 """
 
+import itertools
 import json
 import logging
 import os
@@ -77,6 +78,9 @@ def locate(config: TrainConfig) -> tuple[TrainConfig, Resumed | None]:
         UserError: there is nothing at the path given; the folder holds another run, or a later
             state of this one; or a setting differs that changes the numbers.
     """
+    if config.resume is None and config.run_dir.name == run_stamp():
+        own = agreed("run_dir", lambda: str(_unused(config.run_dir)))
+        config = config.model_copy(update={"run_dir": Path(own)})
     found = agreed("resume", lambda: str(_find(config) or ""))
     if not found:
         if config.resume is not None:
@@ -188,7 +192,7 @@ def is_whole(checkpoint: Path) -> bool:
     try:
         with zipfile.ZipFile(checkpoint) as archive:
             return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, NotImplementedError):
+    except Exception:  # whatever zipfile makes of bytes that nobody wrote
         return False
 
 
@@ -225,6 +229,16 @@ def _find(config: TrainConfig) -> Path | None:
             "on with it; or set another run_dir"
         )
     return chosen
+
+
+def _unused(run_dir: Path) -> Path:
+    """`run_dir`, or, where a clock has named another run so before, with a number behind it. What
+    Slurm or torchrun starts again has the name that it had."""
+    env = os.environ
+    if "SLURM_JOB_ID" in env or env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return run_dir
+    numbered = (run_dir.with_name(f"{run_dir.name}-{n}") for n in itertools.count(2))
+    return next(path for path in itertools.chain([run_dir], numbered) if not path.exists())
 
 
 def _newest_run(folder: Path, name: str) -> Path | None:

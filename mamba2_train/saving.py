@@ -331,10 +331,14 @@ class WholeOrNot(TorchCheckpointIO):
         for abandoned in path.parent.glob(f"*{TEMPORARY}"):
             remove(abandoned)
         temporary = path.with_name(path.name + TEMPORARY)
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except Exception:
+            temporary.unlink(missing_ok=True)  # what a full disk needs most
+            raise
         temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -442,7 +442,7 @@ class TrainerConfig(Group):
 class TrainConfig(Group):
     """A whole run of `mamba2-train`."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = Field(description="of the run's folder")
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = Field(description="of the run's folder")
     seed: NonNegativeInt = Field(description="equal seeds give equal bits")
     run_dir: Path = Field(description="all that the run writes")
     resume: str | None = Field(

@@ -486,8 +486,9 @@ def look_for(monkeypatch):
     """`locate` of a process that has not decided yet."""
 
     def look(*arguments: Any) -> tuple[TrainConfig, Resumed | None]:
-        monkeypatch.setenv("MAMBA2_RESUME", "")  # so that it is put back
-        monkeypatch.delenv("MAMBA2_RESUME")
+        for name in ("MAMBA2_RESUME", "MAMBA2_RUN_DIR"):
+            monkeypatch.setenv(name, "")  # so that it is put back
+            monkeypatch.delenv(name)
         return locate(settings(*arguments))
 
     return look

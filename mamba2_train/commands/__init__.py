@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
@@ -29,15 +30,35 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
+from yaml import YAMLError
 
 from mamba2_train import sweep
 from mamba2_train.commands.help import print_help, recipes
 from mamba2_train.errors import UserError, nearest
 from mamba2_train.processes import forbid_restart, is_first_to_fail, log_only, part, rank
+from mamba2_train.redaction import (
+    RedactingFormatter,
+    redact_tracebacks,
+    redacted,
+    refuse_secrets,
+)
 from mamba2_train.schema import Group, TrainConfig, validated
 from mamba2_train.tracking import run_stamp
 
 console = Console(highlight=False)
+# What Hydra may build from a config: plugins for sweeps, and logging, each a class by its module. A
+# longer path could lead through a module's imports to anything.
+_BUILT = re.compile(
+    r"(hydra\._internal\.core_plugins\.\w+|hydra_plugins\.\w+\.\w+|optuna\.samplers"
+    r"|mamba2_train(\.\w+){1,2}|logging(\.handlers)?|colorlog)\.[A-Z]\w*"
+)
+_BUILDS = ("_target_", "()", "class", "custom_search_space")  # keys whose value is called
+_BUILT_FROM = ("callbacks", "launcher", "sweeper", "job_logging", "hydra_logging")  # of hydra
+# what a system says of its disks and permissions, which no traceback explains
+_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG),
+}
 
 
 def command(
@@ -56,7 +77,11 @@ def command(
             # inside, or Hydra would announce the fault with a line of its own
             with _one_line_errors():
                 try:
-                    run(validated(schema, _values(composed)))
+                    values = _values(composed)
+                    refuse_secrets(values, leave=free_text)
+                    # it is noted, by us and by trackers
+                    sys.argv[1:] = [redacted(argument) for argument in sys.argv[1:]]
+                    run(validated(schema, values))
                 finally:
                     part()
 
@@ -70,6 +95,7 @@ def command(
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             sys.argv[1:] = [_quoted(argument, free_text) for argument in sys.argv[1:]]
             _quiet()
+            redact_tracebacks()
             with _one_line_errors(), sweep.concluded():
                 function: Callable[[DictConfig], float | None] = task
                 if schema is TrainConfig and _sweeps():
@@ -114,6 +140,61 @@ def extend_hydra() -> None:
     """Make our configs and `${run_stamp:}` known to Hydra."""
     OmegaConf.register_new_resolver("run_stamp", run_stamp, replace=True)
     Plugins.instance().register(_OurConfigs)
+    ConfigLoaderImpl.load_configuration = _composed  # type: ignore[method-assign]
+
+
+_compose = ConfigLoaderImpl.load_configuration
+
+
+def _composed(self: ConfigLoaderImpl, *args: Any, **options: Any) -> DictConfig:
+    """What Hydra composes, refused before Hydra builds anything from it."""
+    composed = _compose(self, *args, **options)
+    refuse_code(composed)
+    return composed
+
+
+def refuse_code(composed: DictConfig) -> None:
+    """Raise a UserError if a config asks for code to be called.
+
+    Our groups choose by name among what there is; Hydra's own may name plugins for sweeps.
+    """
+    values: Any = OmegaConf.to_container(composed, resolve=False)
+    hydra = values.pop("hydra", None) or {}
+    _refuse_calls(values, "", None)
+    refuse_secrets(hydra.get("job"), path="hydra.job")  # of a sweep it is saved at once
+    for name in _BUILT_FROM:
+        part = composed.hydra.get(name) if hydra else None
+        if part is None:
+            continue
+        try:
+            found = OmegaConf.to_container(part, resolve=True)
+        except OmegaConfBaseException:  # what is not known before a job begins
+            found = OmegaConf.to_container(part, resolve=False)
+            if re.search(r"oc\.(create|decode)", str(found)):
+                raise UserError(
+                    f"hydra.{name}: oc.create and oc.decode may make what runs: write it out"
+                ) from None
+        _refuse_calls(found, f"hydra.{name}", _BUILT)
+
+
+def _refuse_calls(value: Any, path: str, allowed: re.Pattern[str] | None) -> None:
+    if isinstance(value, list):
+        for i, item in enumerate(value):
+            _refuse_calls(item, f"{path}.{i}", allowed)
+    if not isinstance(value, dict):
+        if allowed is not None and isinstance(value, str) and re.match(r"(ext|cfg)://", value):
+            raise UserError(f"{path}: {value} names code, and a config runs none: remove it")
+        return
+    for key, inner in value.items():
+        where = f"{path}.{key}".lstrip(".")
+        calls = key in _BUILDS if allowed is not None else key == "_target_"
+        known = inner is None or (allowed is not None and allowed.fullmatch(str(inner)))
+        if calls and not known:
+            raise UserError(
+                f"{where}: {inner} names code, and a config runs none: remove it, and choose among "
+                "what there is by name (mamba2-train --help)"
+            )
+        _refuse_calls(inner, where, allowed)
 
 
 def _quoted(argument: str, free_text: tuple[str, ...]) -> str:
@@ -131,6 +212,7 @@ def _quiet() -> None:
     """Show our own log lines from INFO on and those of the libraries from WARNING, of the first
     rank; the others' go to their logs."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger().handlers[0].setFormatter(RedactingFormatter("%(message)s"))
     if rank() > 0:
         logging.getLogger().handlers[0].setLevel(logging.ERROR)
     logging.getLogger("mamba2_train").setLevel(logging.INFO)
@@ -159,25 +241,36 @@ class _one_line_errors:
             message = str(error)
         elif isinstance(error, HydraException | OmegaConfBaseException):
             message = _composition_fault(error)
-        elif _is_full_disk(error):
-            message = f"the disk is full ({error}): free some space, or set run_dir elsewhere"
+        elif isinstance(error, YAMLError):
+            message = f"a config is not YAML: {error}"
         else:
-            message = ""
+            message = _disk_fault(error)
         if first and (_debug() or not message):
             return
         if first:
             which = f" on rank {rank()}" if rank() else ""
             Console(stderr=True, highlight=False, soft_wrap=True).print(
-                f"[bold red]error{which}:[/] {_escaped(message)}"
+                f"[bold red]error{which}:[/] {_escaped(redacted(message))}"
             )
             forbid_restart()
         sys.exit(1)
 
 
-def _is_full_disk(error: BaseException) -> bool:
-    # torch's own writer reports it as a RuntimeError without a number
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    return full or "PytorchStreamWriter failed writing" in str(error)
+def _disk_fault(error: BaseException) -> str:
+    """What the disk, or who may write to it, has refused; empty if the fault is another."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _DISK:
+            where = f": {cause.filename}" if cause.filename else ""
+            if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                reason = f"the disk is full ({cause.strerror}{where}): free some space"
+            else:
+                reason = f"{cause.strerror}{where}: mend that"
+            return f"{reason}, or set run_dir elsewhere; what was saved before is whole"
+        cause = cause.__cause__ or cause.__context__
+    if "PytorchStreamWriter failed writing" in str(error):  # without the system's number
+        return f"the disk is full ({error}): free some space, or set run_dir elsewhere"
+    return ""
 
 
 def _debug() -> bool:

@@ -46,8 +46,8 @@ from mamba2_train.parallel.sizes import Sizes, mesh_sizes
 from mamba2_train.parallel.start import Sharding, drawn, sharded_model, stored, weightless
 from mamba2_train.parallel.strategy import MeshStrategy, data_ranks
 from mamba2_train.plan import Plan, shortage
-from mamba2_train.processes import check_launcher, open_log
-from mamba2_train.resume import identity, locate
+from mamba2_train.processes import check_launcher, open_log, own
+from mamba2_train.resume import identity, locate, read_start
 from mamba2_train.run import Run, base_name
 from mamba2_train.saving import CHECKPOINTS, RECENT, Checkpoints, WholeOrNot
 from mamba2_train.schema import StrategyConfig, TrainConfig
@@ -66,6 +66,7 @@ def main(config: TrainConfig) -> None:
     wandb = "offline" if config.data.preview else check_loggers(config.logger)
     config, resumed = locate(config)
     if not config.data.preview:
+        own(config.run_dir)
         open_log(config.run_dir)
     L.seed_everything(config.seed, workers=True, verbose=False)
 

@@ -38,6 +38,8 @@ MOST_SPLITS = 64  # with more values, a column called split is about something e
 BOM = b"\xef\xbb\xbf"
 ROWS_AT_ONCE = 10_000  # of an index, brought to the disk together
 
+_UNREADABLE = "is JSON too deeply nested, or with numbers too long, to be read: flatten it"
+
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
 
@@ -233,8 +235,8 @@ def _from_json(raw: bytes) -> dict[str, Any]:
         raise BadRow(
             f"is not JSON ({error.msg} at column {error.colno}): write one object to a line"
         ) from error
-    except RecursionError as error:
-        raise BadRow("is JSON too deeply nested to be read: flatten it") from error
+    except (RecursionError, ValueError) as error:
+        raise BadRow(_UNREADABLE) from error
     return _object(value, text)
 
 
@@ -361,6 +363,8 @@ class JsonList:
                 f"{self.name}, line {error.lineno} is not JSON ({error.msg} at column "
                 f"{error.colno}): write a list of objects"
             ) from error
+        except (RecursionError, ValueError) as error:
+            raise UserError(f"{self.name} {_UNREADABLE}") from error
         rows, first_bad = [], ""
         for number, value in enumerate(values, 1):
             try:

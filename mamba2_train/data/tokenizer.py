@@ -83,7 +83,9 @@ def _from_folder(folder: Path) -> PreTrainedTokenizerBase:
         if (folder / TOKENIZER_FILE).is_file():
             if not (folder / CONFIG_FILE).is_file():
                 return PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER_FILE))
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
         # transformers would convert these, too, and split most texts differently; of several
         # versions the newest
         if models := sorted(folder.glob(SENTENCEPIECE_FILES)):
@@ -120,7 +122,7 @@ def _from_hub(name: str, revision: str | None) -> PreTrainedTokenizerBase:
         )
         if not (folder / TOKENIZER_FILE).is_file() and any(folder.glob(SENTENCEPIECE_FILES)):
             return _from_folder(folder)
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:

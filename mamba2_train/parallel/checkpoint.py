@@ -12,6 +12,7 @@ whole.
 """
 
 import os
+import pickle
 import shutil
 import zipfile
 import zlib
@@ -23,10 +24,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -160,7 +164,7 @@ def load_whole(path: Path) -> dict[str, Any]:
     """A checkpoint in a folder as one process has it in a file; the optimizers' states are by name
     still, under `optimizers`, with `tensors`."""
     meta = read_meta(path)
-    reader = dcp.FileSystemReader(path)
+    reader = _Files(path)
     stored = reader.read_metadata().state_dict_metadata
     values: dict[str, Tensor] = {}
     for name, of in stored.items():
@@ -200,9 +204,17 @@ def optimizer_names(module: nn.Module, optimizer: Optimizer) -> list[str]:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """All but the tensors of a checkpoint; those in a single file are mapped."""
+    """All but the tensors of a checkpoint; those in a single file are mapped.
+
+    Raises:
+        UserError: it is damaged or another file; a pickle of more than values is not run.
+    """
     file = path / META if path.is_dir() else path
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return dict(found)
+    except Exception as error:  # whatever comes of bytes that nobody wrote
+        raise UserError(_damaged(path, error)) from error
 
 
 def is_whole(path: Path) -> bool:
@@ -225,6 +237,47 @@ def remove(path: Path) -> None:
         shutil.rmtree(gone)
     else:
         path.unlink()
+
+
+class _Files(dcp.FileSystemReader):
+    """torch's reader, which would run whatever code `.metadata` names, and open any file."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        try:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                metadata = _Description(file).load()
+            files = {stored.relative_path for stored in metadata.storage_data.values()}
+            if outside := [name for name in files if name != os.path.basename(name)]:
+                raise pickle.UnpicklingError(f"it names {outside[0]}, which is not beside it")
+        except Exception as error:  # whatever comes of bytes that nobody wrote
+            raise UserError(_damaged(self.path, error)) from error
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _Description(pickle.Unpickler):
+    """Unpickles where the tensors of a checkpoint are, and nothing that could run."""
+
+    known = frozenset(
+        {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}
+        | {("pathlib", "WindowsPath"), ("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
+        | {
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata"),
+                *("TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+            )
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if (module, name) in self.known else None
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            found = dtype
+        if found is None:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not run")
+        return found
 
 
 class _Writer(DefaultSavePlanner):
@@ -299,8 +352,14 @@ class _Reader(DefaultLoadPlanner):
 def _read(held: Tensors, source: Path | dict[str, Tensor]) -> None:
     if isinstance(source, Path):
         # no communication: each rank knows what it needs
-        reader = dcp.FileSystemReader(source)
-        dcp.load(held, storage_reader=reader, planner=_Reader(), no_dist=True)
+        reader = _Files(source)
+        try:
+            dcp.load(held, storage_reader=reader, planner=_Reader(), no_dist=True)
+        except CheckpointException as error:  # of all ranks, each with its own reason
+            cause = next(iter(error.failures.values()))[0]
+            if isinstance(cause, UserError):
+                raise cause from error
+            raise UserError(_damaged(source, cause)) from error
         return
     for name, some in held.items():
         for box in some:
@@ -375,6 +434,11 @@ def _checksum(file: Path) -> int:
         while part := stream.read(1 << 24):
             checksum = zlib.crc32(part, checksum)
     return checksum
+
+
+def _damaged(path: Any, error: BaseException) -> str:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"{path} is damaged or no checkpoint of mamba2-train ({reason}): take another"
 
 
 def _sync(folder: Path) -> None:
