@@ -10,15 +10,17 @@ import dataclasses
 import json
 from pathlib import Path
 
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 from rich.table import Table
 
 from mamba2_train.assets import resolve
-from mamba2_train.commands import command, console
+from mamba2_train.commands import command, console, extend_hydra
 from mamba2_train.commands.train import adapt, check_adapter, model_shape
 from mamba2_train.errors import UserError
 from mamba2_train.model import PRESETS, Mamba2Config
 from mamba2_train.plan import CONTEXT, GB, UNUSABLE, Memory, Plan, cure, shown, variants
-from mamba2_train.schema import PlanConfig
+from mamba2_train.schema import PlanConfig, validated
 
 
 @command(PlanConfig, "plan")
@@ -64,6 +66,14 @@ def main(config: PlanConfig) -> None:
                 "answers": answers,
             },
         )
+
+
+def planned_run(overrides: list[str], shape: Mamba2Config) -> Plan:
+    """The plan of a run of this shape, with settings as on the command line."""
+    extend_hydra()
+    with initialize_config_module("mamba2_configs", version_base="1.3"):
+        composed = OmegaConf.to_container(compose("plan", overrides=overrides), resolve=True)
+    return Plan(validated(PlanConfig, composed), shape, adapt)
 
 
 def known_shape(config: PlanConfig) -> Mamba2Config:
