@@ -453,7 +453,7 @@ def _parts_table(step: Step, repeated: dict[str, Step]) -> list[str]:
 
 def _rest_table(counts: dict[tuple[str, str], Step]) -> list[str]:
     lines = [
-        "| in no block | KB a token | MFLOP a token | H100 | optimizer, bytes a trained parameter |",
+        "| in no block | KB a token | MFLOP a token | H100 | update, bytes a trained parameter |",
         "|---|---|---|---|---|",
     ]
     for (model, method), step in counts.items():
