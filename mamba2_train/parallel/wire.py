@@ -90,7 +90,7 @@ def traffic(
     Args:
         model: split by `parallelize` if there are tensor ranks, on any device.
         products: dtype that the blocks' matrices are gathered in, their own if None.
-        activation: dtype of the blocks' inputs and outputs.
+        activation: dtype of the blocks' outputs.
         n_tokens: of a micro-batch. repeats: the norms are computed again in the backward.
     """
     n_layers = config.n_layers
@@ -154,7 +154,7 @@ def _over_tensor(
     stream = n_tokens * config.d_model
     block = [
         reduced(stream * activation.itemsize, "forward"),
-        reduced(stream * activation.itemsize, "backward", stream=True),
+        reduced(stream * outside.itemsize, "backward", stream=True),  # of what autocast narrows
     ]
     if config.n_groups % n:
         sums = n_tokens * config.n_groups * FLOAT32
