@@ -164,7 +164,7 @@ class Simulator:
         self._steps: dict[tuple[int, int, str, int], Step] = {}
         self._sent: dict[int, Mamba2LM] = {}
 
-    def best(self, most: int = 6) -> list[Estimate]:
+    def best(self, most: int = 4) -> list[Estimate]:
         """The fastest checkpointing and micro-batch of each way to share the GPUs that fits them,
         the fastest way first.
 
@@ -173,17 +173,22 @@ class Simulator:
         """
         found: list[tuple[float, Layout]] = []
         least: tuple[float, Layout] | None = None
+        tensors: set[int] = set()  # of what fits
         for strategy, data, context, tensor in self._ways():
+            if len(tensors) == 2 and tensor not in tensors:
+                break  # to share the heads among more costs more, and nothing else asks for it
             times: list[tuple[float, Layout]] = []
             for mode in MODES:
-                sized = self._largest(strategy, data, context, tensor, mode)
-                fitting, smallest = sized
-                if fitting is not None:
-                    times.append((self._estimate(fitting, None, quick=True).seconds, fitting))
-                elif least is None or smallest < least:
-                    least = smallest
+                fitting, smallest = self._largest(strategy, data, context, tensor, mode)
+                if fitting is None:
+                    least = min(least or smallest, smallest)
+                    continue
+                times.append((self._estimate(fitting, None, quick=True).seconds, fitting))
+                if fitting.accumulate == 1:
+                    break  # the next repeats more, for nothing
             if times:
                 found.append(min(times))
+                tensors.add(tensor)
         estimates: list[Estimate] = []
         for _, layout in sorted(found):
             memory = self.memory(layout)
@@ -254,29 +259,24 @@ class Simulator:
     def _largest(
         self, strategy: str, data: int, context: int, tensor: int, mode: str
     ) -> tuple[Layout | None, tuple[float, Layout]]:
-        """The most rows of a micro-batch that fit, by two sizes and a line through them; and the
+        """The most rows of a micro-batch that seem to fit, as activations grow with them; and the
         GB of one row."""
         per_rank = self.n_rows // data
-        rows = [r for r in _powers(per_rank) if per_rank % r == 0]
 
         def layout(r: int) -> Layout:
             return Layout(strategy, data, context, tensor, mode, r, per_rank // r)
 
-        limit = self.cluster.gpu.memory
         try:
             one = self.memory(layout(1))
         except UserError:
             return None, (float("inf"), layout(1))
-        smallest = (one.on_gpu / GB, layout(1))
-        if not one.fits(limit):
-            return None, smallest
-        if len(rows) == 1:
-            return layout(1), smallest
-        more = self.memory(layout(2)).peak - one.peak
-        fitting = [
-            r for r in rows if dataclasses.replace(one, peak=one.peak + (r - 1) * more).fits(limit)
-        ]
-        return layout(fitting[-1]), smallest
+
+        def fits(r: int) -> bool:
+            peak = one.peak + (r - 1) * one.activations
+            return dataclasses.replace(one, peak=peak).fits(self.cluster.gpu.memory)
+
+        fitting = [r for r in _powers(per_rank) if per_rank % r == 0 and fits(r)]
+        return layout(fitting[-1]) if fitting else None, (one.on_gpu / GB, layout(1))
 
     def _halved(self, layout: Layout) -> Layout:
         return layout._replace(rows=layout.rows // 2, accumulate=layout.accumulate * 2)

@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from mamba2_train.assets import resolve
-from mamba2_train.cluster import Simulator
 from mamba2_train.commands import command, console, extend_hydra
 from mamba2_train.commands.train import adapt, check_adapter, model_shape
 from mamba2_train.errors import UserError
@@ -75,6 +74,8 @@ def main(config: PlanConfig) -> None:
 
 def layouts(config: PlanConfig, shape: Mamba2Config) -> None:
     """Ways to share the GPUs of a cluster, the fastest first, and the flags of that."""
+    from mamba2_train.cluster import Simulator  # which imports what a plan of one GPU does without
+
     simulator = Simulator(Plan(config, shape, adapt), config.cluster)
     cluster, plan = simulator.cluster, simulator.plan
     console.print(

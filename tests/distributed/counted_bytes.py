@@ -70,10 +70,13 @@ def run(case):
     model.train()
     if tensor > 1:
         parallelize(model, mesh[TENSOR])
-    shard(model, mesh[DATA])
+    mixed = variant == "mixed"
+    shard(model, mesh[DATA], products=torch.bfloat16 if mixed else None)
     ids = torch.randint(0, 81, (ROWS, SEQ_LEN), generator=torch.Generator().manual_seed(0))
     with Collectives() as counted:
-        model(ids, shift_labels=ids, reduction="sum").loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = model(ids, shift_labels=ids, reduction="sum").loss
+        loss.backward()
         average_replicated(model.parameters(), mesh[DATA])
     return [[*key, times] for key, times in counted.found.items()]
 
