@@ -34,7 +34,7 @@ CASES = {
     2: ["2x1-full-1-none", "1x2-full-1-selective", "1x2-lora-2-full", "2x1-mixed-1-none"],
     4: ["2x2-lora-1-full", "4x1-full-1-none", "1x4-full-2-selective", "2x2-mixed-2-none"],
 }
-SHAPE = Mamba2Config(d_model=256, n_layers=4, vocab_size=4096, d_state=64, headdim=32)
+SHAPE = Mamba2Config(d_model=256, n_layers=2, vocab_size=4096, d_state=64, headdim=32)
 RUN = ["adapter=full", "precision=bf16-mixed", "data.seq_len=512", "data.batch_size=1"]
 
 
