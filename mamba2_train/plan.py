@@ -180,10 +180,7 @@ class Plan:
             ranks = n if strategy == "tp" else self.tensor
             if n % ranks:
                 raise UserError(f"{n} GPUs are no multiple of the {ranks} that share the heads")
-            if ranks not in self._sliced:
-                shape = _Sliced.of(self.shape, ranks)
-                self._sliced[ranks] = Plan(self.config, shape, self.adapt, gpu=self.gpu)
-            sliced = self._sliced[ranks].of(self.config)
+            sliced = self.sliced(ranks)
             memory = sliced.memory() if strategy == "tp" else sliced.memory("fsdp", n // ranks)
             return dataclasses.replace(memory, strategy=strategy)
         m = self._step()
@@ -216,6 +213,19 @@ class Plan:
         logits = m.loss - m.weights - m.gradients - m.activations
         parts = weights, gradients, optimizer, m.activations, logits, peaks[at]
         return Memory(strategy, *parts, at, on_gpu, on_host)
+
+    def sliced(self, ranks: int) -> "Plan":
+        """Of the model that each of `ranks` computes with that share the heads.
+
+        Raises:
+            UserError: heads that cannot be shared so.
+        """
+        if ranks == 1:
+            return self
+        if ranks not in self._sliced:
+            shape = _Sliced.of(self.shape, ranks)
+            self._sliced[ranks] = Plan(self.config, shape, self.adapt, gpu=self.gpu)
+        return self._sliced[ranks].of(self.config)
 
     def flops(self) -> tuple[float, float]:
         """Of one token: its forward pass, and its whole step with what is computed twice."""

@@ -552,10 +552,32 @@ class PlanSettings(Group):
     out: Path | None = Field(default=None, description="a JSON file for other tools")
 
 
+class ClusterConfig(Group):
+    """What `mamba2-plan` chooses a layout for; nothing unless it has GPUs."""
+
+    gpus: PositiveInt | None = Field(default=None, le=65_536, description="in all nodes together")
+    gpu: Literal["h100", "h200", "a100", "l40s", "4090"] = "h100"
+    node: PositiveInt = Field(default=8, description="GPUs of a node")
+    intra_gb_s: PositiveFloat | None = Field(
+        default=None, description="GB/s from one GPU of a node to the others; null: its data sheet"
+    )
+    inter_gb_s: PositiveFloat = Field(default=50, description="GB/s from one GPU to other nodes")
+    intra_us: float = Field(default=2, ge=0, description="microseconds of a hop in a node")
+    inter_us: float = Field(default=5, ge=0, description="microseconds of a hop between nodes")
+    host_us_per_call: float = Field(
+        default=15, ge=0, description="microseconds of the host for a call of PyTorch's dispatcher"
+    )
+    tokens: PositiveInt | None = Field(
+        default=None,
+        description="of a step, of all GPUs; null: data.batch_size x trainer.accumulate rows each",
+    )
+
+
 class PlanConfig(TrainConfig):
     """A run of `mamba2-plan`: that of `mamba2-train`, not started."""
 
     plan: PlanSettings = PlanSettings()
+    cluster: ClusterConfig = ClusterConfig()
 
 
 class GenerateConfig(Group):

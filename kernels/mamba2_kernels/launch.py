@@ -36,14 +36,17 @@ LENGTHS = ["seq_len", "n_chunks", "n_rows", "n_tile_rows", "rows_per_program"]
 launches: Counter[str] = Counter()
 
 _override: int | None = None
-_dry = False
+_dry: list[tuple[str, tuple[int, ...], dict[str, Any]]] | None = None
 _settings: dict[str, dict[str, Any]] | None = None
 _compile_only = False
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **kw: Any) -> None:
     """Launch a Triton kernel on the device of its tensors, and count it."""
-    if _dry:
+    if _dry is not None:
+        _dry.append(
+            (kernel.fn.__name__, grid, dict(zip(kernel.arg_names, args, strict=False)) | kw)
+        )
         return
     launches[kernel.fn.__name__] += 1
     # Triton launches on the current device, which need not be where the tensors are.
@@ -58,12 +61,13 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 
 @contextlib.contextmanager
-def dry_run() -> Iterator[None]:
-    """Launch nothing inside the block: what is allocated around the kernels can be counted."""
+def dry_run() -> Iterator[list[tuple[str, tuple[int, ...], dict[str, Any]]]]:
+    """Launch nothing inside the block, so that what is allocated around the kernels can be counted;
+    gives the name, grid and arguments of each launch."""
     global _dry
-    before, _dry = _dry, True
+    before, _dry = _dry, []
     try:
-        yield
+        yield _dry
     finally:
         _dry = before
 
@@ -173,7 +177,7 @@ def fits_descriptor(tensor: Tensor) -> bool:
         if size > 1
     ]
     # nothing to ask of a tensor that exists in a dry run alone
-    start = 0 if _dry else tensor.data_ptr()
+    start = 0 if _dry is not None else tensor.data_ptr()
     aligned = start % 16 == 0 and all(s % 16 == 0 and 0 < s < 2**40 for s in strides)
     return aligned and tensor.stride(-1) == 1
 

@@ -2,6 +2,7 @@
 
 mamba2-plan model.source=state-spaces/mamba2-2.7b precision=bf16 data.seq_len=2048
 mamba2-plan model.source=mistralai/Mamba-Codestral-7B-v0.1 adapter=full plan.gpus=8
+mamba2-plan model.source=state-spaces/mamba2-2.7b adapter=full precision=bf16-mixed cluster.gpus=64
 mamba2-plan --config-name RECIPE +plan.gpus=8 +plan.out=plan.json
 """
 
@@ -10,21 +11,26 @@ import dataclasses
 import json
 from pathlib import Path
 
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 from rich.table import Table
 
 from mamba2_train.assets import resolve
-from mamba2_train.commands import command, console
+from mamba2_train.commands import command, console, extend_hydra
 from mamba2_train.commands.train import adapt, check_adapter, model_shape
 from mamba2_train.errors import UserError
 from mamba2_train.model import PRESETS, Mamba2Config
 from mamba2_train.plan import CONTEXT, GB, UNUSABLE, Memory, Plan, cure, shown, variants
-from mamba2_train.schema import PlanConfig
+from mamba2_train.schema import PlanConfig, validated
 
 
 @command(PlanConfig, "plan")
 def main(config: PlanConfig) -> None:
     shape, n = known_shape(config), config.plan.gpus
     check_adapter(config, shape)
+    if config.cluster.gpus is not None:
+        layouts(config, shape)
+        return
     plan = Plan(config, shape, adapt, tensor=config.plan.tensor)
     rows, refused = possible(plan, n)
     forward, step = plan.flops()
@@ -64,6 +70,57 @@ def main(config: PlanConfig) -> None:
                 "answers": answers,
             },
         )
+
+
+def layouts(config: PlanConfig, shape: Mamba2Config) -> None:
+    """Ways to share the GPUs of a cluster, the fastest first, and the flags of that."""
+    from mamba2_train.cluster import Simulator  # which imports what a plan of one GPU does without
+
+    simulator = Simulator(Plan(config, shape, adapt), config.cluster)
+    cluster, plan = simulator.cluster, simulator.plan
+    console.print(
+        f"[bold]{config.model.source or config.model.preset}[/]  {plan.n_parameters:,} parameters, "
+        f"{plan.n_trained:,} trained; a step of {simulator.n_tokens:,} tokens in rows of "
+        f"{config.data.seq_len:,} on {cluster.gpus} {cluster.gpu.name}, {cluster.node} to a node; "
+        f"GB/s {cluster.intra / 1e9:g} inside, {cluster.inter / 1e9:g} between\n",
+        soft_wrap=True,
+    )
+    estimates = simulator.best()
+    kinds = [k for k in estimates[0].spent if any(e.spent[k] > 0 for e in estimates)]
+    columns = ("data", "tensor", "rows", "acc", "checkpointing", "GB", "step s", "tokens/s", "MFU")
+    table = Table("strategy", *columns, *kinds, box=None, padding=(0, 1, 0, 0))
+    for e in estimates:
+        l = e.layout
+        data = f"{l.data}" if l.context == 1 else f"{l.data}x{l.context}"
+        speed = f"{e.seconds:.3g}", f"{e.tokens_per_second:,.0f}", f"{e.mfu:.1%}"
+        cells = [data, f"{l.tensor}", f"{l.rows}", f"{l.accumulate}", l.mode]
+        cells += [f"{e.memory.on_gpu / GB:.1f}", *speed]
+        cells += [f"{e.spent[k] / e.seconds:.0%}" for k in kinds]
+        table.add_row(l.strategy, *cells)
+    console.print(table)
+    flags = shown(estimates[0].layout.flags)
+    console.print(f"\ntake  [bold]{flags}[/]", soft_wrap=True)
+    console.print(
+        "[dim]Modelled: bytes and operations are counted, their speeds taken from an H100 and data "
+        "sheets (docs/planning.md).[/]",
+        soft_wrap=True,
+    )
+    if config.plan.out is not None:
+        rows = [
+            e.layout._asdict()
+            | {"seconds": e.seconds, "spent": e.spent, "mfu": e.mfu, "on_gpu": e.memory.on_gpu}
+            | {"tokens_per_second": e.tokens_per_second, "flags": e.layout.flags}
+            for e in estimates
+        ]
+        _write(config.plan.out, {"layouts": rows})
+
+
+def planned_run(overrides: list[str], shape: Mamba2Config) -> Plan:
+    """The plan of a run of this shape, with settings as on the command line."""
+    extend_hydra()
+    with initialize_config_module("mamba2_configs", version_base="1.3"):
+        composed = OmegaConf.to_container(compose("plan", overrides=overrides), resolve=True)
+    return Plan(validated(PlanConfig, composed), shape, adapt)
 
 
 def known_shape(config: PlanConfig) -> Mamba2Config:

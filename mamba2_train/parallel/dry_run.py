@@ -22,6 +22,7 @@ from mamba2_train.model import Mamba2Config, Mamba2LM
 from mamba2_train.parallel.shards import cut_dim, local_extent, shard
 from mamba2_train.parallel.sizes import DATA, TENSOR, Sizes
 from mamba2_train.parallel.start import weightless
+from mamba2_train.parallel.wire import Traffic, traffic
 from mamba2_train.quantization import Quantization
 
 FLOAT32 = 4  # bytes
@@ -61,15 +62,16 @@ def dry_run(
         shard(model, mesh[DATA], products=products)
         table = _placements(model)
         weights, trained = _held(model)
-        sent = wire_bytes(
+        sent = traffic(
             model,
+            shape,
             sizes,
             products=products,
-            n_tokens=n_tokens,
-            accumulate=accumulate,
-            reduce_each_batch=reduce_each_batch,
             activation=products or dtype,
+            n_tokens=n_tokens,
+            repeats=False,
         )
+        received = wire_bytes(sent, sizes, accumulate, reduce_each_batch)
     finally:
         dist.destroy_process_group()
     state = 3 * FLOAT32 * trained  # gradient and AdamW's two moments
@@ -77,48 +79,24 @@ def dry_run(
         f"mesh      {DATA} {sizes.data} x {TENSOR} {sizes.tensor}",
         f"per rank  weights {_size(weights)}, gradients and optimizer {_size(state)}",
         "per step  "
-        + ", ".join(f"{name} {_size(n)}" for name, n in sent.items())
+        + ", ".join(f"{name} {_size(n)}" for name, n in received.items())
         + " received by a rank",
     ]
     return table, lines
 
 
-def wire_bytes(
-    model: nn.Module,
-    sizes: Sizes,
-    *,
-    products: torch.dtype | None,
-    n_tokens: int,
-    accumulate: int,
-    reduce_each_batch: bool,
-    activation: torch.dtype,
-) -> dict[str, int]:
-    """Bytes that a rank receives in a step, by ring algorithms: (n - 1) / n of what is gathered or
-    scattered, twice that of what is reduced for all.
+def wire_bytes(sent: Traffic, sizes: Sizes, accumulate: int, each: bool) -> dict[str, float]:
+    """Bytes that a rank receives in a step, by what is sent.
 
-    A block is gathered for its forward and again for its backward; what is outside of the blocks
-    once for both.
+    Args:
+        each: gradients are reduced after each of the `accumulate` micro-batches.
     """
-    gathered = scattered = replicated = 0
-    for name, p in model.named_parameters():
-        n = _tensor_share(p)
-        if p.dim() != 2:
-            replicated += n * FLOAT32 * p.requires_grad
-            continue
-        in_block = ".layers." in f".{name}"
-        narrow = products if products is not None and in_block else p.dtype
-        gathered += n * narrow.itemsize * (2 if in_block else 1)
-        scattered += n * FLOAT32 * p.requires_grad
-    reductions = accumulate if reduce_each_batch else 1
-    data, tensor = ((n - 1) / n for n in sizes)
-    config = model.config
-    stream = n_tokens * config.d_model * activation.itemsize  # type: ignore[union-attr, operator]
-    return {
-        "weights": int(data * gathered * accumulate),
-        "gradients": int(data * (scattered * reductions + 2 * replicated)),
-        # an all-reduce each way for a block, for the embeddings and for the head
-        "activations": int(2 * tensor * 2 * stream * (config.n_layers + 1) * accumulate),  # type: ignore[union-attr, operator]
-    }
+    found = {"weights": 0.0, "gradients": 0.0, "activations": 0.0}
+    for c, times in sent.step(accumulate, reduce_each_batch=each).items():
+        over_data = "weights" if c.kind == "gather" else "gradients"
+        what = over_data if c.over == DATA else "activations"
+        found[what] += times * c.received(sizes.data if c.over == DATA else sizes.tensor)
+    return found
 
 
 def _placements(model: nn.Module) -> Table:
@@ -154,17 +132,6 @@ def _held(model: nn.Module) -> tuple[int, int]:
         weights += n * p.element_size()
         trained += n * p.requires_grad
     return weights, trained
-
-
-def _tensor_share(p: torch.Tensor) -> int:
-    """Elements that the ranks of a data dimension have together."""
-    n = p.numel()
-    if isinstance(p, DTensor):
-        names = p.device_mesh.mesh_dim_names or ()
-        for i, name in enumerate(names):
-            if name == TENSOR and cut_dim(p.placements[i]) is not None:
-                n //= p.device_mesh.size(i)
-    return n
 
 
 def _size(n_bytes: float) -> str:
