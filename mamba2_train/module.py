@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mamba2_train.audit import check_gradients
 from mamba2_train.errors import UserError
-from mamba2_train.long_context import ExactStep, GradientSync, aligned, continued, evaluated
+from mamba2_train.long_context import ExactStep, GradientSync, continued, evaluated
+from mamba2_train.loss import aligned
 from mamba2_train.model import Mamba2LM, Mamba2State
 from mamba2_train.nonfinite import NonFinite
 from mamba2_train.optim import build_optimizer, lr_factor

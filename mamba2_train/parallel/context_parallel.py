@@ -32,8 +32,7 @@ from torch import Tensor, nn
 
 from mamba2_kernels.precision import compute_dtype
 from mamba2_train.errors import UserError
-from mamba2_train.long_context import aligned
-from mamba2_train.loss import IGNORED
+from mamba2_train.loss import IGNORED, aligned
 from mamba2_train.model import LayerState, Mamba2LM, Mamba2State
 from mamba2_train.parallel.layout import specialize
 

@@ -100,7 +100,8 @@ def compare(plain: Any, batch: dict[str, Tensor], checkpointing: str = "none") -
     torch.manual_seed(5)
     loss_of_ranks, got = split(parallel, batch)
     assert want.keys() == got.keys(), want.keys() ^ got.keys()
-    assert all(g.any() for g in want.values())
+    if (batch["seq_idx"] >= 0).sum() > 20:
+        assert all(g.any() for g in want.values()), [n for n, g in want.items() if not g.any()]
     worst = max(want, key=lambda name: error(got[name], want[name]))
     with torch.no_grad():  # rows that are not split, as in generation
         whole = {name: batch[name] for name in ("input_ids", "seq_idx")}
