@@ -6,6 +6,7 @@ clipping, AdamW. The ranks run tests/distributed/sharded_steps.py under torchrun
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -39,6 +40,7 @@ from sharded_steps import ACCUMULATE, CLIP, DTYPES, OPTIMIZER, STEPS, adapt, bat
 
 CASES = ["full-float32", "lora-float32", "nf4-float32", "full-float64", "lora-float64"]
 BROKEN = ["full-float64-means", "full-float64-unreduced"]
+WIDEST = ["nf4-float32", "full-float64", "lora-float64"]
 
 
 def launch(n, script, *arguments, cwd=None, timeout=240):
@@ -77,9 +79,15 @@ def split(folder, request):
     return results(folder, request.param, *CASES)
 
 
+@pytest.fixture(scope="module", params=["1x1x2", "2x1x2", "1x2x2"])
+def rows_split(folder, request):
+    """Of two ranks that share the rows' length; twice; and with two that share the heads."""
+    return results(folder, request.param, *WIDEST)
+
+
 def results(folder, sizes, *cases):
-    data, tensor = map(int, sizes.split("x"))
-    launch(data * tensor, [HERE / "sharded_steps.py"], folder, sizes, *cases)
+    n_ranks = math.prod(map(int, sizes.split("x")))
+    launch(n_ranks, [HERE / "sharded_steps.py"], folder, sizes, *cases)
     files = {case: folder / f"{sizes}-{case}.pt" for case in cases}
     return {c: torch.load(f if f.exists() else folder / f"{c}.pt") for c, f in files.items()}
 
@@ -138,6 +146,12 @@ def test_two_ranks_equal_one_process(folder, sharded, case):
 @pytest.mark.parametrize("case", CASES)
 def test_split_heads_equal_one_process(folder, split, case):
     assert_equal(split[case], truth(folder, case), case)
+
+
+@pytest.mark.parametrize("case", WIDEST)
+def test_split_rows_equal_one_process(folder, rows_split, case):
+    """Six steps of accumulation and clipping; some parts are nothing but padding."""
+    assert_equal(rows_split[case], truth(folder, case), case)
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -319,11 +333,11 @@ def test_sizes_are_filled_in(small_config):
     def sizes(world, local, kind, **given):
         return mesh_sizes(StrategyConfig(kind=kind, **given), small_config(), world, local)
 
-    assert sizes(16, 8, "fsdp") == (16, 1)
-    assert sizes(8, 8, "tp") == (1, 8)
-    assert sizes(16, 8, "fsdp_tp") == (2, 8)
-    assert sizes(16, 8, "fsdp_tp", tensor_size=2) == (8, 2)
-    assert sizes(16, 8, "fsdp_tp", data_size=4) == (4, 4)
+    assert sizes(16, 8, "fsdp") == (16, 1, 1)
+    assert sizes(8, 8, "tp") == (1, 8, 1)
+    assert sizes(16, 8, "fsdp_tp") == (2, 8, 1)
+    assert sizes(16, 8, "fsdp_tp", tensor_size=2) == (8, 2, 1)
+    assert sizes(16, 8, "fsdp_tp", data_size=4) == (4, 4, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Six steps under a strategy that shards, by two ranks with unequal numbers of tokens.
 
-    torchrun --nproc-per-node 2 sharded_steps.py FOLDER DATAxTENSOR CASE...
+    torchrun --nproc-per-node 2 sharded_steps.py FOLDER DATAxTENSOR[xCONTEXT] CASE...
 
 FOLDER holds checkpoints `float32` and `float64` and, for `memory`, `large`; the results of a case
-go to FOLDER/DATAxTENSOR-CASE.pt. A case is VARIANT-DTYPE[-BROKEN]; see `run`. Run by
+go to FOLDER/SIZES-CASE.pt. A case is VARIANT-DTYPE[-BROKEN]; see `run`. Run by
 tests/test_sharded.py, which takes `batches` and `adapt` from here too.
 """
 
@@ -88,7 +88,7 @@ def build(folder, variant, dtype, strategy, source="float32"):
         load_config(folder / source),
         stored(StoredWeights(folder / source)),
         lambda model: adapt(model, variant),
-        Sharding(strategy.start()),
+        Sharding(strategy.start(), context=strategy.context),
         dtype=dtype,
         quantization="nf4" if variant == "nf4" else None,
     )
@@ -136,7 +136,7 @@ def run(folder, sizes, case):
     weights = dict(whole_tensors(model, lambda p: p.detach() if p.requires_grad else None))
     found = {"losses": module.losses, "gradients": module.gradients, "weights": weights}
     if dist.get_rank() == 0:
-        torch.save(found, folder / f"{sizes.data}x{sizes.tensor}-{case}.pt")
+        torch.save(found, folder / f"{sys.argv[2]}-{case}.pt")
 
 
 def measure(folder):
