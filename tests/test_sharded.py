@@ -368,6 +368,7 @@ def test_a_dry_run_tells_what_a_rank_holds(sharded):
         dtype=torch.float32,
         quantization=None,
         products=None,
+        n_rows=1,
         n_tokens=256,
         accumulate=1,
         reduce_each_batch=False,

@@ -189,7 +189,8 @@ def announce_dry_run(config: TrainConfig, shape: Mamba2Config, sizes: Sizes) -> 
         dtype=DTYPES[config.precision.weights],
         quantization=config.quantization.stored,
         products=torch.bfloat16 if config.precision.autocast else None,
-        n_tokens=config.data.batch_size * config.data.seq_len,
+        n_rows=config.data.batch_size,
+        n_tokens=config.data.batch_size * -(-config.data.seq_len // sizes.context),
         accumulate=config.trainer.accumulate,
         reduce_each_batch=config.strategy.reduce_each_batch,
     )

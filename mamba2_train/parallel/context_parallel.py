@@ -42,16 +42,44 @@ POSITIONS_AT_ONCE = 4096  # of x, in float32: 4 GB of a 7B model's 131,072 would
 Batch = dict[str, Tensor]
 
 
-def parallelize(model: Mamba2LM, group: dist.ProcessGroup) -> None:
-    """Let a model's mixers take what comes before a row's part from the ranks of `group`, in place.
+class Ranks:
+    """Those that share rows, in the order of the parts, and what they exchange."""
 
-    Rank r of the group has part r. Adapters, quantization and tensor parallelism come before this.
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.n = group, group.rank(), group.size()
+
+    def gathered(self, x: Tensor) -> list[Tensor]:
+        """Of all ranks."""
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.n)]
+        dist.all_gather(parts, x, group=self.group)
+        return parts
+
+    def shifted(self, x: Tensor, by: int) -> Tensor:
+        """Of the rank that is `by` before this one; zeros where there is none."""
+        x, received = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
+        transfers = []
+        if 0 <= self.rank + by < self.n:
+            peer = self.rank + by
+            transfers.append(dist.P2POp(dist.isend, x, group=self.group, group_peer=peer))
+        if 0 <= self.rank - by < self.n:
+            peer = self.rank - by
+            transfers.append(dist.P2POp(dist.irecv, received, group=self.group, group_peer=peer))
+        for work in dist.batch_isend_irecv(transfers):
+            work.wait()
+        return received
+
+
+def parallelize(model: Mamba2LM, ranks: Ranks) -> None:
+    """Let a model's mixers take what comes before a row's part from the other ranks, in place.
+
+    Adapters, quantization and tensor parallelism come before this.
     Rows that are not split, as in generation, are computed as ever.
     """
     for layer in model.backbone.layers:
         mixer: Any = layer.mixer
         specialize(mixer, SplitMixer)
-        mixer.group = group
+        mixer.ranks = ranks
 
 
 def own_part(batch: Batch, rank: int, n_ranks: int, d_conv: int) -> Batch:
@@ -103,14 +131,14 @@ def awaited(past: Tensor, n_layers: int) -> Mamba2State:
 class SplitMixer(nn.Module):
     """Around a mixer that may have to wait for the state that its part of the rows begins in."""
 
-    group: dist.ProcessGroup
+    ranks: Ranks
 
     def _conv(
         self, xBC: Tensor, seq_idx: Tensor, state: LayerState | None, return_state: bool
     ) -> tuple[Tensor, Any]:
         if isinstance(state, Awaited):
             start = xBC.shape[1] - state.conv.shape[1]
-            tail = _FromPrevious.apply(xBC[:, start:], self.group)
+            tail = _FromPrevious.apply(xBC[:, start:], self.ranks)
             state = LayerState(tail * state.conv, state.ssm)
         return super()._conv(xBC, seq_idx, state, return_state)  # type: ignore[misc]
 
@@ -124,7 +152,7 @@ class SplitMixer(nn.Module):
     ) -> tuple[Tensor, Any]:
         if isinstance(state, Awaited):
             own, left = self._own_state(xBC, dt, seq_idx, state)
-            before = _StateBefore.apply(own, left, self.group)
+            before = _StateBefore.apply(own, left, self.ranks)
             state = LayerState(state.conv, before * state.ssm)
         return super()._scan(xBC, dt, seq_idx, state, return_state)  # type: ignore[misc]
 
@@ -154,36 +182,36 @@ class _FromPrevious(torch.autograd.Function):
     """The tensor of the rank before; zeros on the first."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _shifted(x, group, 1)
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.shifted(x, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _shifted(gradients[0], ctx.group, -1), None
+        return ctx.ranks.shifted(gradients[0], -1), None
 
 
 class _StateBefore(torch.autograd.Function):
     """S_r of own_r (b, h, p, n) and a_r (b, h)."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, left: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, own: Tensor, left: Tensor, ranks: Ranks) -> Tensor:
         sent = torch.cat([own.flatten(2), left[..., None]], -1)  # (b, h, p * n + 1)
-        parts = _gathered(sent, group)
+        parts = ranks.gathered(sent)
         lefts = torch.stack([part[..., -1] for part in parts])
         before = torch.zeros_like(own)
-        for r in range(dist.get_rank(group)):
+        for r in range(ranks.rank):
             before = lefts[r, ..., None, None] * before + parts[r][..., :-1].view_as(own)
-        ctx.group = group
+        ctx.ranks = ranks
         ctx.save_for_backward(before, lefts)
         return before
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         before, lefts = ctx.saved_tensors
-        parts = _gathered(gradients[0], ctx.group)
+        parts = ctx.ranks.gathered(gradients[0])
         after = torch.zeros_like(before)
-        for r in range(len(parts) - 1, dist.get_rank(ctx.group), -1):
+        for r in range(len(parts) - 1, ctx.ranks.rank, -1):
             after = parts[r] + lefts[r, ..., None, None] * after
         return after, (after * before).sum((2, 3)), None
 
@@ -223,28 +251,6 @@ class _WeightedSum(torch.autograd.Function):
 
 def _pieces(*tensors: Tensor) -> Any:
     return zip(*(t.split(POSITIONS_AT_ONCE, dim=1) for t in tensors), strict=True)
-
-
-def _shifted(x: Tensor, group: dist.ProcessGroup, by: int) -> Tensor:
-    """`x` of the rank that is `by` before this one; zeros where there is none."""
-    rank, n_ranks = dist.get_rank(group), dist.get_world_size(group)
-    x, received = x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format)
-    transfers = []
-    if 0 <= rank + by < n_ranks:
-        transfers.append(dist.P2POp(dist.isend, x, group=group, group_peer=rank + by))
-    if 0 <= rank - by < n_ranks:
-        transfers.append(dist.P2POp(dist.irecv, received, group=group, group_peer=rank - by))
-    for work in dist.batch_isend_irecv(transfers) if transfers and x.numel() else ():
-        work.wait()
-    return received
-
-
-def _gathered(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Of all ranks, in their order."""
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x, group=group)
-    return parts
 
 
 def _check_padding(seq_idx: Tensor) -> None:

@@ -9,6 +9,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from mamba2_train.model import Mamba2Config, Mamba2LM
 from mamba2_train.parallel.shards import cut_dim, local_extent, shard
-from mamba2_train.parallel.sizes import DATA, TENSOR, Sizes
+from mamba2_train.parallel.sizes import CONTEXT, DATA, TENSOR, Sizes
 from mamba2_train.parallel.start import weightless
 from mamba2_train.quantization import Quantization
 
@@ -35,6 +36,7 @@ def dry_run(
     dtype: torch.dtype,
     quantization: Quantization | None,
     products: torch.dtype | None,
+    n_rows: int,
     n_tokens: int,
     accumulate: int,
     reduce_each_batch: bool,
@@ -42,14 +44,15 @@ def dry_run(
     """A row for each kind of parameter, and lines on memory and on what is sent.
 
     Args:
-        n_tokens: of a rank's micro-batch; accumulate: micro-batches of a step.
+        n_rows, n_tokens: of a rank's micro-batch; accumulate: micro-batches of a step.
     """
     logging.getLogger("torch").setLevel(logging.ERROR)
     import torch.testing._internal.distributed.fake_pg  # noqa: F401  which registers it
 
-    dist.init_process_group("fake", rank=0, world_size=sizes.data * sizes.tensor)
+    dist.init_process_group("fake", rank=0, world_size=sizes.weights * sizes.tensor)
     try:
-        mesh = init_device_mesh("cpu", tuple(sizes), mesh_dim_names=(DATA, TENSOR))
+        shared = (sizes.weights, sizes.tensor)
+        mesh = init_device_mesh("cpu", shared, mesh_dim_names=(DATA, TENSOR))
         model = weightless(shape, dtype, quantization)
         adapt(model)
         model.to("meta")
@@ -65,6 +68,7 @@ def dry_run(
             model,
             sizes,
             products=products,
+            n_rows=n_rows,
             n_tokens=n_tokens,
             accumulate=accumulate,
             reduce_each_batch=reduce_each_batch,
@@ -72,9 +76,10 @@ def dry_run(
         )
     finally:
         dist.destroy_process_group()
+    context = f"{CONTEXT} {sizes.context} x " if sizes.context > 1 else ""
     state = 3 * FLOAT32 * trained  # gradient and AdamW's two moments
     lines = [
-        f"mesh      {DATA} {sizes.data} x {TENSOR} {sizes.tensor}",
+        f"mesh      {DATA} {sizes.data} x {context}{TENSOR} {sizes.tensor}",
         f"per rank  weights {_size(weights)}, gradients and optimizer {_size(state)}",
         "per step  "
         + ", ".join(f"{name} {_size(n)}" for name, n in sent.items())
@@ -88,6 +93,7 @@ def wire_bytes(
     sizes: Sizes,
     *,
     products: torch.dtype | None,
+    n_rows: int,
     n_tokens: int,
     accumulate: int,
     reduce_each_batch: bool,
@@ -97,7 +103,8 @@ def wire_bytes(
     scattered, twice that of what is reduced for all.
 
     A block is gathered for its forward and again for its backward; what is outside of the blocks
-    once for both.
+    once for both. Of rows that are split each layer gathers the states, and takes the tail of the
+    convolution from one neighbour; backward as much.
     """
     gathered = scattered = replicated = 0
     for name, p in model.named_parameters():
@@ -110,15 +117,21 @@ def wire_bytes(
         gathered += n * narrow.itemsize * (2 if in_block else 1)
         scattered += n * FLOAT32 * p.requires_grad
     reductions = accumulate if reduce_each_batch else 1
-    data, tensor = ((n - 1) / n for n in sizes)
-    config = model.config
-    stream = n_tokens * config.d_model * activation.itemsize  # type: ignore[union-attr, operator]
-    return {
+    data, tensor = ((n - 1) / n for n in (sizes.weights, sizes.tensor))
+    config: Any = model.config
+    stream = n_tokens * config.d_model * activation.itemsize
+    of_head = 2 * config.headdim * config.d_state + 1  # its state both ways, its decay once
+    states = n_rows * config.n_heads // sizes.tensor * of_head * FLOAT32 * (sizes.context - 1)
+    tails = 2 * n_rows * (config.d_conv - 1) * config.d_conv_channels * activation.itemsize
+    sent = {
         "weights": int(data * gathered * accumulate),
         "gradients": int(data * (scattered * reductions + 2 * replicated)),
         # an all-reduce each way for a block, for the embeddings and for the head
-        "activations": int(2 * tensor * 2 * stream * (config.n_layers + 1) * accumulate),  # type: ignore[union-attr, operator]
+        "activations": int(2 * tensor * 2 * stream * (config.n_layers + 1) * accumulate),
     }
+    if sizes.context > 1:
+        sent["states"] = config.n_layers * (states + tails // sizes.tensor) * accumulate
+    return sent
 
 
 def _placements(model: nn.Module) -> Table:

@@ -78,7 +78,7 @@ def sharded_model(
 
         parallelize(model, mesh[TENSOR], before_block=partial(_quantize, model, source, device))
     if sharding.context is not None:
-        context_parallel.parallelize(model, sharding.context)
+        context_parallel.parallelize(model, context_parallel.Ranks(sharding.context))
     shard(model, mesh[DATA], products=sharding.products, cpu_offload=sharding.cpu_offload)
     read_weights(model, source, beside or {}, device, sharding.cpu_offload)
     return model, peft_model

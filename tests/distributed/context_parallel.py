@@ -26,7 +26,7 @@ from tensor_parallel import drawn, error, gradients, quantized_model, redraw, sm
 from mamba2_train import model as model_file
 from mamba2_train.adapters import add_lora, train_in_full
 from mamba2_train.parallel import context_parallel
-from mamba2_train.parallel.context_parallel import awaited, own_part, parallelize
+from mamba2_train.parallel.context_parallel import Ranks, awaited, own_part, parallelize
 
 WIDE = {"dt_limit": (0.05, 0.6), "n_groups": 2}
 
@@ -93,7 +93,7 @@ def split(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tenso
 
 def compare(plain: Any, batch: dict[str, Tensor], checkpointing: str = "none") -> dict[str, float]:
     parallel = copy.deepcopy(plain)
-    parallelize(parallel, dist.group.WORLD)
+    parallelize(parallel, Ranks(dist.group.WORLD))
     parallel.set_checkpointing(checkpointing)
     torch.manual_seed(5)
     loss, want = one_process(plain, batch)
@@ -136,7 +136,7 @@ class Bytes(TorchDispatchMode):
 def traffic(length: int) -> dict[str, Any]:
     """Of forward and backward, in bytes and calls."""
     model: Any = drawn(small(**WIDE))
-    parallelize(model, dist.group.WORLD)
+    parallelize(model, Ranks(dist.group.WORLD))
     part = own_part(rows(length, "packed"), dist.get_rank(), dist.get_world_size(), 4)
     state = awaited(part.pop("past"), model.config.n_layers)
     found: dict[str, Any] = {}
@@ -156,16 +156,16 @@ def traffic(length: int) -> dict[str, Any]:
 def broken(what: str) -> dict[str, float]:
     """With a part of the exchange left out."""
     module, name, fake = {
-        "halo": (context_parallel, "_shifted", lambda x, group, by: torch.zeros_like(x)),
+        "halo": (Ranks, "shifted", lambda ranks, x, by: torch.zeros_like(x)),
         "halo backward": (
-            context_parallel,
-            "_shifted",
-            lambda x, group, by: whole(x, group, by) * (by > 0),
+            Ranks,
+            "shifted",
+            lambda ranks, x, by: whole(ranks, x, by) * (by > 0),
         ),
         "state": (
-            context_parallel,
-            "_gathered",
-            lambda x, group: [torch.zeros_like(part) for part in whole(x, group)],
+            Ranks,
+            "gathered",
+            lambda ranks, x: [torch.zeros_like(part) for part in whole(ranks, x)],
         ),
         "documents": (model_file, "_continued", lambda state, seq_idx: state),
         "labels": (context_parallel, "aligned", lambda batch: without_labels_at_cuts(whole(batch))),
