@@ -137,7 +137,7 @@ def test_padding_between_tokens_is_refused():
     batch["seq_idx"][1, 9:] = -1
     own_part(batch, 0, 2, d_conv=4)
     batch["seq_idx"][1, 5] = -1
-    with pytest.raises(UserError, match="row 1 .* before position 6: .*long_context=exact"):
+    with pytest.raises(UserError, match=r"row 1 .* before position 6: .*long_context=exact"):
         own_part(batch, 0, 2, d_conv=4)
 
 
@@ -269,13 +269,12 @@ def test_a_resumed_run_comes_to_the_same_bits(runs):
 
 
 def test_a_dry_run_tells_of_the_third_dimension(runs):
-    """mesh, and what a layer exchanges, by hand."""
+    """And of what a layer exchanges, here by hand."""
     folder, _ = runs
-    sizes = ["strategy=fsdp", "strategy.data_size=2", "long_context.ranks=4"]
-    dry = [*RUN, *SPLIT, *sizes, "strategy.dry_run=true", "run_dir=dry"]
+    dry = [*RUN, *SPLIT, "strategy.devices=8", "long_context.ranks=4", "strategy.dry_run=true"]
     said = launch(1, "-m", "mamba2_train", *dry, cwd=folder)
     assert "mesh      data 2 x context 4 x tensor 1" in said
-    # 2 rows, 4 heads of 8 x 8; the states of three ranks both ways, their decays; the tail both ways
+    # 2 rows, 4 heads of 8 x 8: three ranks' states both ways and decays; the tail both ways
     states = 2 * 4 * (2 * 8 * 8 + 1) * 4 * 3
     tails = 2 * 2 * 3 * (32 + 2 * 8) * 4
     per_step = 2 * 2 * (states + tails)  # layers, micro-batches

@@ -28,7 +28,7 @@ COMMANDS = {
     "mamba2-export": ("export", ExportConfig),
     "mamba2-plan": ("plan", PlanConfig),
 }
-PAGES = ["README.md", "recipes/README.md", "mamba2_train/assets/README.md"]
+PAGES = ["README.md", "docs/long_context.md", "recipes/README.md", "mamba2_train/assets/README.md"]
 BLOCKS = [
     (page, language, body)
     for page in PAGES
