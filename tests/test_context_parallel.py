@@ -78,6 +78,14 @@ def test_in_float32_and_nf4(results, n):
 
 
 @both
+def test_under_autocast(results, n):
+    """No further from float64 than twice as far as one process is, whose products are rounded."""
+    for of_rank in results(n):
+        found = of_rank["autocast"]
+        assert 1e-4 < found["ranks"] < 2 * found["one"] < 0.2
+
+
+@both
 @pytest.mark.parametrize("what", ["halo", "halo backward", "state", "documents", "labels"])
 def test_the_comparison_sees_what_is_left_out(results, n, what):
     for of_rank in results(n):

@@ -114,6 +114,23 @@ def compare(plain: Any, batch: dict[str, Tensor], checkpointing: str = "none") -
     }
 
 
+def under_autocast() -> dict[str, float]:
+    """Worst gradient beside float64's, products in bfloat16: of one process, and of the ranks."""
+    truth = drawn(small(**WIDE))
+    plain = copy.deepcopy(truth).float()
+    parallel = copy.deepcopy(plain)
+    parallelize(parallel, Ranks(dist.group.WORLD))
+    batch = rows(37, "packed")
+    _, want = one_process(truth, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, one = one_process(plain, batch)
+        _, ranks = split(parallel, batch)
+    return {
+        "one": max(error(one[name].double(), want[name]) for name in want),
+        "ranks": max(error(ranks[name].double(), want[name]) for name in want),
+    }
+
+
 class Bytes(TorchDispatchMode):
     """That this rank hands to collectives and neighbours, by the op."""
 
@@ -207,6 +224,7 @@ def main() -> None:
     model = quantized_model("nf4", small(d_model=64, expand=4, headdim=16, n_groups=2))
     found["narrow"]["nf4"] = compare(model, rows(37, "packed"))
     found["narrow"]["float32"] = compare(drawn(small(**WIDE), torch.float32), rows(37, "packed"))
+    found["autocast"] = under_autocast()
     found["traffic"] = [traffic(length) for length in (32, 256)]
     gathered: list[Any] = [None] * n
     dist.all_gather_object(gathered, found)
