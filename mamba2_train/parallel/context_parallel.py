@@ -238,13 +238,14 @@ class _WeightedSum(torch.autograd.Function):
         n_groups = B.shape[2]
         g = gradients[0].unflatten(1, (n_groups, -1)).flatten(2, 3)  # (b, g, k, n)
         found = []
-        for x_, w_, B_ in _pieces(x, w, B):
-            weighted = (x_ * w_[..., None]).unflatten(2, (n_groups, -1)).flatten(3)
-            dB = torch.einsum("bgkn,btgk->btgn", g, weighted)
-            d_weighted = torch.einsum("bgkn,btgn->btgk", g, B_.to(w.dtype))
-            d_weighted = d_weighted.unflatten(3, (-1, x.shape[3])).flatten(2, 3)
-            dx, dw = d_weighted * w_[..., None], (d_weighted * x_).sum(-1)
-            found.append((dx.to(x.dtype), dw, dB.to(B.dtype)))
+        with torch.autocast(x.device.type, enabled=False):
+            for x_, w_, B_ in _pieces(x, w, B):
+                weighted = (x_ * w_[..., None]).unflatten(2, (n_groups, -1)).flatten(3)
+                dB = torch.einsum("bgkn,btgk->btgn", g, weighted)
+                d_weighted = torch.einsum("bgkn,btgn->btgk", g, B_.to(w.dtype))
+                d_weighted = d_weighted.unflatten(3, (-1, x.shape[3])).flatten(2, 3)
+                dx, dw = d_weighted * w_[..., None], (d_weighted * x_).sum(-1)
+                found.append((dx.to(x.dtype), dw, dB.to(B.dtype)))
         dx, dw, dB = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
         return dx, dw, dB
 
