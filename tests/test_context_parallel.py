@@ -20,10 +20,12 @@ from omegaconf import OmegaConf
 from mamba2_train.assets import FOLDER
 from mamba2_train.checkpoint import save_pretrained
 from mamba2_train.commands import extend_hydra
+from mamba2_train.commands.train import choose_strategy
 from mamba2_train.data.tokenizer import load_tokenizer, save_tokenizer
 from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2Config, Mamba2LM, initialize
 from mamba2_train.parallel.context_parallel import own_part
+from mamba2_train.parallel.dry_run import dry_run
 from mamba2_train.parallel.sizes import mesh_sizes
 from mamba2_train.schema import StrategyConfig, TrainConfig, validated
 
@@ -276,14 +278,31 @@ def test_a_resumed_run_comes_to_the_same_bits(runs):
     assert logged(folder / "again", "train/loss") == logged(folder / "split", "train/loss")
 
 
-def test_a_dry_run_tells_of_the_third_dimension(runs):
+def test_a_dry_run_tells_of_the_third_dimension():
     """And of what a layer exchanges, here by hand."""
-    folder, _ = runs
-    dry = [*RUN, *SPLIT, "strategy.devices=8", "long_context.ranks=4", "strategy.dry_run=true"]
-    said = launch(1, "-m", "mamba2_train", *dry, cwd=folder)
-    assert "mesh      data 2 x context 4 x tensor 1" in said
+    extend_hydra()
+    eight = ["strategy.devices=8", "long_context.ranks=4", "strategy.dry_run=true"]
+    with initialize_config_module("mamba2_configs", version_base="1.3"):
+        composed = compose("train", [*SPLIT, *eight])
+    config = validated(TrainConfig, OmegaConf.to_container(composed, resolve=True))
+    shape = Mamba2Config(d_model=16, n_layers=2, vocab_size=4096, d_state=8, headdim=8)
+    sizes = choose_strategy(config, shape)
+    assert sizes == (2, 1, 4)
+    _, lines = dry_run(
+        shape,
+        sizes,
+        lambda model: None,
+        dtype=torch.float32,
+        quantization=None,
+        products=None,
+        n_rows=2,
+        n_tokens=74,
+        accumulate=2,
+        reduce_each_batch=False,
+    )
+    assert lines[0] == "mesh      data 2 x context 4 x tensor 1"
     # 2 rows, 4 heads of 8 x 8: three ranks' states both ways and decays; the tail both ways
     states = 2 * 4 * (2 * 8 * 8 + 1) * 4 * 3
     tails = 2 * 2 * 3 * (32 + 2 * 8) * 4
     per_step = 2 * 2 * (states + tails)  # layers, micro-batches
-    assert f"states {per_step / 1e3:.3g} kB" in said
+    assert f"states {per_step / 1e3:.3g} kB received by a rank" in lines[2]
