@@ -169,7 +169,13 @@ def test_sizes_are_filled_in(small_config):
     ("world", "kind", "ranks", "given", "cure"),
     [
         (4, "fsdp", 3, {}, "set long_context.ranks=2, or start 6"),
-        (8, "fsdp", 2, {"data_size": 2}, "8 processes, 4 for each of long_context.ranks=2"),
+        (
+            8,
+            "fsdp",
+            2,
+            {"data_size": 2},
+            "4 for each of long_context.ranks=2: set long_context.ranks=4",
+        ),
         (
             8,
             "fsdp_tp",

@@ -115,7 +115,7 @@ def _where(plan: Plan, n: int) -> str:
     one = sum(t.nbytes for t in plan.state().layers[0])
     return (
         f"each {ranks} of {n} GPUs, {part:,} tokens of a row on one; a layer sends "
-        f"{one / 2**20:.3g} MB, whatever the length"
+        f"{one / 2**20:.3g} MB each way, whatever the length"
     )
 
 

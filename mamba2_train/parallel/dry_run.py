@@ -104,7 +104,8 @@ def wire_bytes(
 
     A block is gathered for its forward and again for its backward; what is outside of the blocks
     once for both. Of rows that are split each layer gathers the states, and takes the tail of the
-    convolution from one neighbour; backward as much.
+    convolution from one neighbour; backward as much. A block that is checkpointed repeats the
+    forward's, which is not counted.
     """
     gathered = scattered = replicated = 0
     for name, p in model.named_parameters():

@@ -64,7 +64,7 @@ def mesh_sizes(
         if tensor is None:
             tensor = local if world > local or local % 2 else 2
         context = world // ((data or 1) * tensor) or 1
-    there_are = f"there are {world} processes"
+    there_are, total = f"there are {world} processes", world
     if context > 1:
         if world % context:
             near = min((n for n in range(1, world + 1) if world % n == 0), key=_nearest(context))
@@ -91,6 +91,8 @@ def mesh_sizes(
         if near > 1
         else "use strategy=fsdp"
     )
+    if context > 1 and total % (data * tensor) == 0 and shape.n_heads % tensor == 0:
+        cure = f"set long_context.ranks={total // (data * tensor)}"
     if data * tensor != world:
         raise UserError(
             f"strategy.data_size={data} x strategy.tensor_size={tensor} is {data * tensor}, but "
