@@ -174,7 +174,7 @@ def test_sizes_are_filled_in(small_config):
             "fsdp",
             2,
             {"data_size": 2},
-            "4 for each of long_context.ranks=2: set long_context.ranks=4",
+            "each of long_context.ranks=2: set long_context.ranks=4",
         ),
         (
             8,
