@@ -29,24 +29,11 @@ from lightning.pytorch.overrides.distributed import prepare_for_backward
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mamba2_train.loss import shifted_labels
+from mamba2_train.loss import aligned
 from mamba2_train.model import LayerState, Mamba2Config, Mamba2LM, Mamba2State
 from mamba2_train.saving import rng_state, set_rng_state
 
 Batch = dict[str, Tensor]
-
-
-def aligned(batch: Batch) -> Batch:
-    """`input_ids`, `shift_labels` and `seq_idx`: the labels where they are predicted, which a cut
-    then leaves as they are."""
-    labels = batch.get("shift_labels")
-    if labels is None:
-        labels = shifted_labels(batch["labels"], batch["seq_idx"])
-    return {
-        "input_ids": batch["input_ids"],
-        "shift_labels": labels,
-        "seq_idx": batch["seq_idx"],
-    }
 
 
 def cut(batch: Batch, segment_len: int) -> list[Batch]:

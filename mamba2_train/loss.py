@@ -30,6 +30,19 @@ def shifted_labels(labels: Tensor, seq_idx: Tensor | None = None) -> Tensor:
     return shifted
 
 
+def aligned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`input_ids`, `shift_labels` and `seq_idx`: the labels where they are predicted, which a cut
+    then leaves as they are."""
+    labels = batch.get("shift_labels")
+    if labels is None:
+        labels = shifted_labels(batch["labels"], batch["seq_idx"])
+    return {
+        "input_ids": batch["input_ids"],
+        "shift_labels": labels,
+        "seq_idx": batch["seq_idx"],
+    }
+
+
 def cross_entropy(
     hidden: Tensor, head: nn.Module, labels: Tensor, *, per_token: bool = False
 ) -> Tensor:

@@ -188,8 +188,15 @@ class Mamba2Mixer(nn.Module):
         state: LayerState | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, LayerState | None]:
-        c = self.config
         z, xBC, dt = self._split(self.in_proj(u))
+        xBC, conv_state = self._conv(xBC, seq_idx, state, return_state)
+        y, ssm_state = self._scan(xBC, dt, seq_idx, state, return_state)
+        out = self.out_proj(self.norm(y.flatten(-2), gate=z))
+        return out, LayerState(conv_state, ssm_state) if return_state else None
+
+    def _conv(
+        self, xBC: Tensor, seq_idx: Tensor | None, state: LayerState | None, return_state: bool
+    ) -> tuple[Tensor, Any]:
         conv = causal_conv1d(
             xBC,
             self.conv1d.weight.squeeze(1),
@@ -198,7 +205,17 @@ class Mamba2Mixer(nn.Module):
             initial_state=None if state is None else state.conv,
             return_final_state=return_state,
         )
-        xBC, conv_state = _output_and_state(conv, return_state)
+        return _output_and_state(conv, return_state)
+
+    def _scan(
+        self,
+        xBC: Tensor,
+        dt: Tensor,
+        seq_idx: Tensor | None,
+        state: LayerState | None,
+        return_state: bool,
+    ) -> tuple[Tensor, Any]:
+        c = self.config
         x, B, C = self._split_conv(xBC)
         scan = ssd_scan(
             x,
@@ -215,9 +232,7 @@ class Mamba2Mixer(nn.Module):
             initial_state=None if state is None else state.ssm,
             return_final_state=return_state,
         )
-        y, ssm_state = _output_and_state(scan, return_state)
-        out = self.out_proj(self.norm(y.flatten(-2), gate=z))
-        return out, LayerState(conv_state, ssm_state) if return_state else None
+        return _output_and_state(scan, return_state)
 
     def step(self, u: Tensor, state: LayerState, prepared: MixerStep | None = None) -> Tensor:
         """One token (b, d_model) -> (b, d_model). `state` is updated in place; no gradient."""
@@ -626,7 +641,7 @@ def _continued(state: Mamba2State, seq_idx: Tensor | None) -> Mamba2State:
     first = seq_idx.gather(1, valid.int().argmax(1, keepdim=True)).squeeze(1)
     keep = (first == state.seq_idx) | ~valid.any(1)
     conv, ssm = keep[:, None, None], keep[:, None, None, None]
-    layers = [LayerState(s.conv * conv, s.ssm * ssm) for s in state.layers]
+    layers = [s._replace(conv=s.conv * conv, ssm=s.ssm * ssm) for s in state.layers]
     return Mamba2State(layers, state.seq_idx)
 
 

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from mamba2_train.audit import check_gradients
 from mamba2_train.errors import UserError
-from mamba2_train.long_context import ExactStep, GradientSync, aligned, continued, evaluated
+from mamba2_train.long_context import ExactStep, GradientSync, continued, evaluated
+from mamba2_train.loss import aligned
 from mamba2_train.model import Mamba2LM, Mamba2State
 from mamba2_train.nonfinite import NonFinite
 from mamba2_train.optim import build_optimizer, lr_factor
 from mamba2_train.parallel.checkpoint import indexed, optimizer_names
+from mamba2_train.parallel.context_parallel import awaited
 from mamba2_train.parallel.shards import (
     average_replicated,
     scale_gradients,
@@ -245,7 +247,10 @@ class Mamba2Module(L.LightningModule):
         return step.forward()
 
     def _losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        out = self.model(**aligned(batch), reduction="sum")
+        before = None
+        if "past" in batch:  # a part of rows that are split over ranks
+            before = awaited(batch["past"], self.model.config.n_layers)
+        out = self.model(**aligned(batch), state=before, reduction="sum")
         return out.loss, out.n_tokens
 
 

@@ -25,6 +25,7 @@ The peak is the largest of them. Arithmetic adds what is not in the model:
     tp of n     a model of d_inner / n: heads are divided; embeddings, head and residual stream
                 are whole on each
 
+    parallel    fsdp with the step of one part of each row, and the states that it exchanges
     exact       the step of one segment between two others: it begins in a state, ends in one, has
                 the gradients of both, and finds those of the weights there; + for each other
                 boundary, unless offloaded, n_layers x (n_heads x headdim x d_state float32 and
@@ -56,8 +57,15 @@ from mamba2_train.model import (
     flops_per_token,
 )
 from mamba2_train.optim import build_optimizer
+from mamba2_train.parallel.context_parallel import Ranks, awaited, parallelize
 from mamba2_train.quantization import PROJECTIONS
-from mamba2_train.schema import AdamWConfig, ExactConfig, OptimizerConfig, TrainConfig
+from mamba2_train.schema import (
+    AdamWConfig,
+    ExactConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 
 GB = 2**30  # as the makers of GPUs count
 CONTEXT = 0.6 * GB  # CUDA's context, its libraries and kernels
@@ -165,6 +173,10 @@ class Plan:
         """In which `n` GPUs may share the run."""
         if n == 1:
             return ("single",)
+        if isinstance(self.config.long_context, ParallelConfig):
+            return (
+                ("fsdp", "fsdp_tp") if n > self.tensor > 1 and n % self.tensor == 0 else ("fsdp",)
+            )
         both = n > self.tensor > 1 and n % self.tensor == 0
         return ("ddp", "fsdp", "tp", "fsdp_tp") if both else ("ddp", "fsdp", "tp")
 
@@ -183,7 +195,7 @@ class Plan:
             sliced = self.sliced(ranks)
             memory = sliced.memory() if strategy == "tp" else sliced.memory("fsdp", n // ranks)
             return dataclasses.replace(memory, strategy=strategy)
-        m = self._step()
+        m = self._step(self.ranks_of_row(n) if strategy == "fsdp" else 1)
         on_gpu, on_host, beside = self._states()
         optimizer, update = self._of_optimizer()
         saved, product = self._quantized()
@@ -247,6 +259,10 @@ class Plan:
         elif mode != "none":
             repeated = blocks / checkpointing_interval(mode)
         repeated += forward * (1 - 1 / self.n_segments)  # all but the last
+        if isinstance(self.config.long_context, ParallelConfig):
+            # the part's own state, apart from the scan: forward, and twice that backward
+            once = 2 * c.n_layers * c.d_inner * c.d_state
+            repeated += once * (3 if mode == "none" else 4)
         return forward, 2 * forward + weights + repeated
 
     @property
@@ -259,8 +275,20 @@ class Plan:
         c = self.config.long_context
         return -(-self.config.data.seq_len // c.segment_len) if isinstance(c, ExactConfig) else 1
 
+    def ranks_of_row(self, n: int) -> int:
+        """How many of `n` processes that share the weights share each row."""
+        c = self.config.long_context
+        if not isinstance(c, ParallelConfig):
+            return 1
+        ranks = n if c.ranks == "auto" else c.ranks
+        if n % ranks:
+            raise UserError(
+                f"{n} GPUs are no multiple of the long_context.ranks={ranks} that share a row"
+            )
+        return ranks
+
     def state(self) -> Mamba2State:
-        """Between two segments, on the meta device."""
+        """Between two segments, or parts of a row, on the meta device."""
         precision = self.config.precision
         dtype = getattr(torch, precision.autocast or precision.weights)
         with torch.device("meta"):
@@ -277,15 +305,15 @@ class Plan:
         # when the gradients of the weights are there, the last segment's has gone
         return (0, one * n, 0) if c.offload else (one * n, 0, one * max(0, n - 2))
 
-    def _step(self) -> Moments:
+    def _step(self, context: int = 1) -> Moments:
         """The moments of all blocks from those of a few, where all blocks are alike."""
         mode = self.config.model.checkpointing
         period = checkpointing_interval(mode)
         n_layers = len(self.model.backbone.layers)
         alike = len({_signature(block) for block in self.model.backbone.layers}) == 1
         if n_layers <= 4 * period or n_layers % period or not alike:
-            return self._of_first(n_layers)
-        few, more = self._of_first(3 * period), self._of_first(4 * period)
+            return self._of_first(n_layers, context)
+        few, more = (self._of_first(n * period, context) for n in (3, 4))
         times = (n_layers - 3 * period) / period
         return Moments(
             *(
@@ -294,16 +322,17 @@ class Plan:
             )
         )
 
-    def _of_first(self, n_layers: int) -> Moments:
+    def _of_first(self, n_layers: int, context: int) -> Moments:
         """The moments of a step of the first blocks, all others left out."""
         c = self.config
-        seq_len = c.data.seq_len
+        seq_len = -(-c.data.seq_len // context)
         if isinstance(c.long_context, ExactConfig):
             seq_len = min(seq_len, c.long_context.segment_len)
         settings: dict[str, Any] = {
             "rows": c.data.batch_size,
             "seq_len": seq_len,
             "carries": self.is_cut,
+            "context": context,
             "autocast": c.precision.autocast is not None,
             "checkpointing": c.model.checkpointing,
         }
@@ -421,6 +450,7 @@ def simulated(
     rows: int,
     seq_len: int,
     carries: bool,
+    context: int,
     autocast: bool,
     checkpointing: str,
     gpu: bool,
@@ -430,6 +460,7 @@ def simulated(
     Args:
         model: on the meta device; it is used up.
         carries: the rows are a segment between two others.
+        context: ranks that share each row, of which this one has a part.
     """
     model.train()
     model.set_checkpointing(checkpointing)
@@ -454,7 +485,12 @@ def simulated(
         gradients = count.live - weights
         input_ids = torch.zeros(rows, seq_len, dtype=torch.int64)
         positions = torch.arange(rows * seq_len)
-        state, handed_back = None, []
+        state: Mamba2State | None = None
+        seq_idx, handed_back = None, []
+        if context > 1:
+            parallelize(model, _Imagined(context))
+            seq_idx = torch.zeros_like(input_ids, dtype=torch.int32)
+            state = awaited(seq_idx[:, : model.config.d_conv], n_layers)
         if carries:
             config = dataclasses.replace(model.config, n_layers=n_layers)
             dtype = torch.bfloat16 if autocast else model.backbone.embeddings.weight.dtype
@@ -462,7 +498,7 @@ def simulated(
             for layer in state.layers:
                 handed_back += [torch.empty_like(t.requires_grad_()) for t in layer]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            hidden, states = model.backbone(input_ids, None, None, state, carries)
+            hidden, states = model.backbone(input_ids, None, seq_idx, state, carries)
             activations = count.live - weights - gradients
             forward = count.restart()
             # by position, as the loss picks the labelled ones
@@ -640,6 +676,19 @@ class _FusedDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.native_dropout(x, self.p, train=True)[0] if self.p else x
+
+
+class _Imagined(Ranks):
+    """Ranks that send nothing; this one is in the middle."""
+
+    def __init__(self, n: int) -> None:
+        self.rank, self.n = n // 2, n
+
+    def gathered(self, x: Tensor) -> list[Tensor]:
+        return [torch.empty_like(x) for _ in range(self.n)]
+
+    def shifted(self, x: Tensor, by: int) -> Tensor:
+        return torch.zeros_like(x)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ FREE = (
     *("trainer.on_nan", "trainer.max_skipped"),
     *("model.source", "model.revision", "model.tokenizer", "model.preset"),
     *("data.source", "data.validation_source", "data.chat_template", "data.num_workers"),
-    "long_context.offload",
+    *("long_context.offload", "long_context.ranks"),
     *("data.preview", "data.on_bad_row"),  # what was read so far was good, or is left out still
 )
 ROWS = ("data.batch_size", "trainer.accumulate")  # a step takes as many over all ranks

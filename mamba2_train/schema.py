@@ -358,7 +358,16 @@ class TruncatedConfig(Group):
     kind: Literal["truncated"]
 
 
-LongContextConfig = OrdinaryContextConfig | ExactConfig | TruncatedConfig
+class ParallelConfig(Group):
+    """Each row split over ranks, which exchange its states: needs a strategy that shards."""
+
+    kind: Literal["parallel"]
+    ranks: PositiveInt | Literal["auto"] = Field(
+        default="auto", description="that share a row; auto: all but those that share the heads"
+    )
+
+
+LongContextConfig = OrdinaryContextConfig | ExactConfig | TruncatedConfig | ParallelConfig
 
 
 class SavingConfig(Group):
@@ -489,6 +498,11 @@ class TrainConfig(Group):
                 f"long_context={self.long_context.kind} with data.packing={self.data.packing}: a "
                 "row goes on where the last one stopped only if its state does: use "
                 "long_context=truncated and data.packing=continued, or neither"
+            )
+        if self.long_context.kind == "parallel" and not self.strategy.shards:
+            raise ValueError(
+                f"long_context=parallel with strategy={self.strategy.kind}: the ranks that share a "
+                "row share the weights too: use strategy=fsdp or fsdp_tp, or long_context=exact"
             )
         t = self.trainer
         unbounded = t.max_steps is None or isinstance(t.validate_every, float)

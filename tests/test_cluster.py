@@ -113,12 +113,13 @@ def test_links_by_hand():
 
 
 def test_states_of_a_row_cut_over_ranks():
-    """Independent of the row's length: a state and a decay to each head, three inputs."""
+    """Independent of the row's length: a state of each head each way, its decay once, three
+    inputs."""
     found = list(over_context(SHAPE, 4, n_sequences=2, activation=torch.bfloat16))
-    state = 2 * 16 * (32 * 64 + 1) * 4
+    states, decays = 2 * 16 * 32 * 64 * 4, 2 * 16 * 4
     halo = 2 * 3 * (512 + 2 * 64) * 2
-    sizes = [("context", 4 * state, "forward"), ("halo", halo, "forward")]
-    sizes += [("context", 4 * state, "backward"), ("halo", halo, "backward")]
+    sizes = [("context", 4 * (states + decays), "forward"), ("halo", halo, "forward")]
+    sizes += [("context", 4 * states, "backward"), ("halo", halo, "backward")]
     assert [(c.over, c.nbytes, c.when) for c in found] == sizes
     assert not list(over_context(SHAPE, 1, n_sequences=2, activation=torch.bfloat16))
 

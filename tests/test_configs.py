@@ -54,6 +54,7 @@ def test_every_group_file_composes(path):
         "adapter/full.yaml": [],
         "adapter/continue.yaml": ["adapter.source=an_adapter"],
         "long_context/truncated.yaml": ["data.packing=continued"],
+        "long_context/parallel.yaml": ["strategy=fsdp"],
     }.get(str(path), [])
     chosen = config(f"{path.parent}={path.stem}", *extra).model_dump()[str(path.parent)]
     own = yaml.safe_load((ROOT / "configs" / path).read_text())

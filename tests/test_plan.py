@@ -328,6 +328,26 @@ def test_a_segment_beside_a_row_of_its_length():
     assert 2 * state <= segment.peak - whole.peak <= 4 * state + whole.gradients
 
 
+def test_a_part_of_a_row_beside_a_row_of_its_length():
+    """Four GPUs to a row. A layer keeps the state that it begins in, for the exchange and for the
+    scan, and some numbers to a head and position."""
+    row = ["adapter=full", "data.batch_size=2", "strategy=fsdp"]
+    whole = planned(SMALL, *row, "data.seq_len=256").memory("fsdp", 4)
+    split = [*row, "long_context=parallel", "data.seq_len=1023"]
+    plan = planned(SMALL, *split)
+    part = plan.memory("fsdp", 4)
+    states = sum(layer.ssm.nbytes for layer in plan.state().layers)
+    per_head = SMALL.n_layers * 2 * 256 * SMALL.n_heads * 4
+    assert 2 * states <= part.activations - whole.activations <= 2.1 * states + 10 * per_head
+    assert part.weights == whole.weights
+    assert plan.strategies(4) == ("fsdp", "fsdp_tp")
+    assert plan.memory("fsdp_tp", 4).peak < plan.memory("fsdp", 2).peak
+    three = planned(SMALL, *split, "long_context.ranks=3")
+    assert three.memory("fsdp", 3).activations > part.activations
+    with pytest.raises(UserError, match=r"4 GPUs are no multiple of the long_context.ranks=3"):
+        three.memory("fsdp", 4)
+
+
 def test_a_cure_for_long_rows_is_to_cut_them():
     shape = dataclasses.replace(SMALL, n_layers=2)
     plan = planned(shape, "adapter=full", "data.seq_len=65536", "data.batch_size=1")

@@ -6,6 +6,7 @@ clipping, AdamW. The ranks run tests/distributed/sharded_steps.py under torchrun
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -39,6 +40,7 @@ from sharded_steps import ACCUMULATE, CLIP, DTYPES, OPTIMIZER, STEPS, adapt, bat
 
 CASES = ["full-float32", "lora-float32", "nf4-float32", "full-float64", "lora-float64"]
 BROKEN = ["full-float64-means", "full-float64-unreduced"]
+SPLIT = ["nf4-float32", "full-float64", "lora-float64"]
 
 
 def launch(n, script, *arguments, cwd=None, timeout=240):
@@ -67,8 +69,8 @@ def folder(tmp_path_factory, small_config, random_model):
 
 @pytest.fixture(scope="module")
 def sharded(folder):
-    """Results by case, of two ranks that share the rows."""
-    return results(folder, "2x1", *CASES, *BROKEN, "memory")
+    """Results by case, of two ranks that share the rows; beside them, of two to a row."""
+    return results(folder, "2x1", *CASES, *BROKEN, "memory", "1x1x2", *SPLIT)
 
 
 @pytest.fixture(scope="module", params=["1x2", "2x2"])
@@ -77,10 +79,16 @@ def split(folder, request):
     return results(folder, request.param, *CASES)
 
 
+@pytest.fixture(scope="module")
+def split_four(folder):
+    """Two ranks to a row, twice; and once, with two that share the heads."""
+    results(folder, "2x1x2", *SPLIT, "1x2x2", *SPLIT)
+
+
 def results(folder, sizes, *cases):
-    data, tensor = map(int, sizes.split("x"))
-    launch(data * tensor, [HERE / "sharded_steps.py"], folder, sizes, *cases)
-    files = {case: folder / f"{sizes}-{case}.pt" for case in cases}
+    n_ranks = math.prod(map(int, sizes.split("x")))
+    launch(n_ranks, [HERE / "sharded_steps.py"], folder, sizes, *cases)
+    files = {case: folder / f"{sizes}-{case}.pt" for case in cases if not case[0].isdigit()}
     return {c: torch.load(f if f.exists() else folder / f"{c}.pt") for c, f in files.items()}
 
 
@@ -138,6 +146,14 @@ def test_two_ranks_equal_one_process(folder, sharded, case):
 @pytest.mark.parametrize("case", CASES)
 def test_split_heads_equal_one_process(folder, split, case):
     assert_equal(split[case], truth(folder, case), case)
+
+
+@pytest.mark.parametrize("case", SPLIT)
+@pytest.mark.parametrize("sizes", ["1x1x2", "2x1x2", "1x2x2"])
+def test_split_rows_equal_one_process(folder, request, sizes, case):
+    """Six steps of accumulation and clipping; some parts are nothing but padding."""
+    request.getfixturevalue("sharded" if sizes == "1x1x2" else "split_four")
+    assert_equal(torch.load(folder / f"{sizes}-{case}.pt"), truth(folder, case), case)
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -334,11 +350,11 @@ def test_sizes_are_filled_in(small_config):
     def sizes(world, local, kind, **given):
         return mesh_sizes(StrategyConfig(kind=kind, **given), small_config(), world, local)
 
-    assert sizes(16, 8, "fsdp") == (16, 1)
-    assert sizes(8, 8, "tp") == (1, 8)
-    assert sizes(16, 8, "fsdp_tp") == (2, 8)
-    assert sizes(16, 8, "fsdp_tp", tensor_size=2) == (8, 2)
-    assert sizes(16, 8, "fsdp_tp", data_size=4) == (4, 4)
+    assert sizes(16, 8, "fsdp") == (16, 1, 1)
+    assert sizes(8, 8, "tp") == (1, 8, 1)
+    assert sizes(16, 8, "fsdp_tp") == (2, 8, 1)
+    assert sizes(16, 8, "fsdp_tp", tensor_size=2) == (8, 2, 1)
+    assert sizes(16, 8, "fsdp_tp", data_size=4) == (4, 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +385,7 @@ def test_a_dry_run_tells_what_a_rank_holds(sharded):
         dtype=torch.float32,
         quantization=None,
         products=None,
+        n_rows=1,
         n_tokens=256,
         accumulate=1,
         reduce_each_batch=False,

@@ -38,7 +38,7 @@ def main(config: PlanConfig) -> None:
     console.print(
         f"[bold]{config.model.source or config.model.preset}[/]  {plan.n_parameters:,} parameters, "
         f"{plan.n_trained:,} trained ({plan.n_trained / plan.n_parameters:.2%}); rows x tokens "
-        f"{rows_x_tokens} on each of {n} GPU{'s' * (n > 1)}\n"
+        f"{rows_x_tokens} on {_where(plan, n)}\n"
         f"FLOPs per token: {forward / 1e9:.3g} G forward, {step / 1e9:.3g} G a training step\n",
         soft_wrap=True,
     )
@@ -160,6 +160,19 @@ def segments(plan: Plan, rows: list[Memory]) -> str:
         f"{c.d_conv_channels:,} channels x {conv.itemsize}) = {one / GB:.3f} GB; x "
         f"{plan.n_segments - 1} on each {where}: {sums}. The FLOPs hold a second "
         f"forward pass of all but the last"
+    )
+
+
+def _where(plan: Plan, n: int) -> str:
+    """What has a batch of its own, and of rows that are split how much of one a GPU has."""
+    ranks = plan.ranks_of_row(n)
+    if ranks == 1:
+        return f"each of {n} GPU{'s' * (n > 1)}"
+    part = -(-plan.config.data.seq_len // ranks)
+    one = sum(t.nbytes for t in plan.state().layers[0])
+    return (
+        f"each {ranks} of {n} GPUs, {part:,} tokens of a row on one; a layer sends "
+        f"{one / 2**20:.3g} MB each way, whatever the length"
     )
 
 

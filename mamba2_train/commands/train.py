@@ -44,13 +44,13 @@ from mamba2_train.nonfinite import NonFinite
 from mamba2_train.parallel.dry_run import dry_run
 from mamba2_train.parallel.sizes import Sizes, mesh_sizes
 from mamba2_train.parallel.start import Sharding, drawn, sharded_model, stored, weightless
-from mamba2_train.parallel.strategy import MeshStrategy, data_ranks
+from mamba2_train.parallel.strategy import MeshStrategy, row_ranks
 from mamba2_train.plan import Plan, shortage
 from mamba2_train.processes import check_launcher, open_log, own
-from mamba2_train.resume import identity, locate, read_start
+from mamba2_train.resume import identity, locate
 from mamba2_train.run import Run, base_name
 from mamba2_train.saving import CHECKPOINTS, RECENT, Checkpoints, WholeOrNot
-from mamba2_train.schema import StrategyConfig, TrainConfig
+from mamba2_train.schema import ParallelConfig, StrategyConfig, TrainConfig
 from mamba2_train.tracking import check_space, count_rows
 from mamba2_train.watch import Watch
 
@@ -112,7 +112,7 @@ def main(config: TrainConfig) -> None:
     trainer = build_trainer(config, saver, nonfinite, strategy, loggers)
     model, adapter = build(config, shape, strategy)
     check_space(config.run_dir, _bytes_written(model, config.callbacks.saving.keep))
-    saver.run = identity(config, model, data.fingerprint(), data_ranks(trainer)[0], resumed)
+    saver.run = identity(config, model, data.fingerprint(), row_ranks(trainer), resumed)
     data.trainer = trainer
     total_steps = count_steps(config, data)
     module = Mamba2Module(
@@ -153,13 +153,16 @@ def choose_strategy(config: TrainConfig, shape: Mamba2Config) -> str | MeshStrat
         return "ddp" if s.kind == "ddp" else "auto"
     devices, num_nodes = _processes(s)
     asked = (s.data_size, s.tensor_size)
-    if s.dry_run and devices == "auto" and "auto" not in asked:
-        devices = asked[0] * asked[1]  # type: ignore[operator]
+    c = config.long_context
+    context = c.ranks if isinstance(c, ParallelConfig) else 1
+    if s.dry_run and devices == "auto" and "auto" not in (*asked, context):
+        devices = asked[0] * asked[1] * context  # type: ignore[operator]
     if devices == "auto":
         cuda = torch.cuda.is_available() and s.accelerator != "cpu"
         devices = torch.cuda.device_count() if cuda else 1
     assert isinstance(devices, int)
-    sizes = mesh_sizes(s, shape, world=devices * num_nodes, local=devices)
+    sizes = mesh_sizes(s, shape, devices * num_nodes, devices, context)
+    announce_split(config, sizes)
     if sizes.tensor > 1:
         from mamba2_train.parallel.tensor_parallel import check_divisible
 
@@ -167,6 +170,18 @@ def choose_strategy(config: TrainConfig, shape: Mamba2Config) -> str | MeshStrat
     if s.dry_run:
         return sizes
     return MeshStrategy(sizes, reduce_each_batch=s.reduce_each_batch, cpu_offload=s.cpu_offload)
+
+
+def announce_split(config: TrainConfig, sizes: Sizes) -> None:
+    """What splitting the rows over ranks does not do as it was asked."""
+    seq_len, n = config.data.seq_len, sizes.context
+    if config.long_context.kind == "parallel" and n == 1:
+        logger.info("long_context=parallel changes nothing: no other rank shares a row")
+    if seq_len % n and config.data.packing != "none":
+        logger.info(
+            "rows of data.seq_len=%d are padded to %d, a multiple of the %d ranks that share them",
+            *(seq_len, -(-seq_len // n) * n, n),
+        )
 
 
 def announce_dry_run(config: TrainConfig, shape: Mamba2Config, sizes: Sizes) -> None:
@@ -179,7 +194,8 @@ def announce_dry_run(config: TrainConfig, shape: Mamba2Config, sizes: Sizes) -> 
         dtype=DTYPES[config.precision.weights],
         quantization=config.quantization.stored,
         products=torch.bfloat16 if config.precision.autocast else None,
-        n_tokens=config.data.batch_size * config.data.seq_len,
+        n_rows=config.data.batch_size,
+        n_tokens=config.data.batch_size * -(-config.data.seq_len // sizes.context),
         accumulate=config.trainer.accumulate,
         reduce_each_batch=config.strategy.reduce_each_batch,
     )
@@ -208,6 +224,7 @@ def build(
             strategy.start(),
             products=torch.bfloat16 if config.precision.autocast else None,
             cpu_offload=strategy.cpu_offload,
+            context=strategy.context,
         ),
         dtype=DTYPES[config.precision.weights],
         quantization=config.quantization.stored,

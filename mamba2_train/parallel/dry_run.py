@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from mamba2_train.model import Mamba2Config, Mamba2LM
 from mamba2_train.parallel.shards import cut_dim, local_extent, shard
-from mamba2_train.parallel.sizes import DATA, TENSOR, Sizes
+from mamba2_train.parallel.sizes import CONTEXT, DATA, TENSOR, Sizes
 from mamba2_train.parallel.start import weightless
-from mamba2_train.parallel.wire import Traffic, traffic
+from mamba2_train.parallel.wire import Collective, Traffic, over_context, traffic
 from mamba2_train.quantization import Quantization
 
 FLOAT32 = 4  # bytes
@@ -36,6 +36,7 @@ def dry_run(
     dtype: torch.dtype,
     quantization: Quantization | None,
     products: torch.dtype | None,
+    n_rows: int,
     n_tokens: int,
     accumulate: int,
     reduce_each_batch: bool,
@@ -43,14 +44,15 @@ def dry_run(
     """A row for each kind of parameter, and lines on memory and on what is sent.
 
     Args:
-        n_tokens: of a rank's micro-batch; accumulate: micro-batches of a step.
+        n_rows, n_tokens: of a rank's micro-batch; accumulate: micro-batches of a step.
     """
     logging.getLogger("torch").setLevel(logging.ERROR)
     import torch.testing._internal.distributed.fake_pg  # noqa: F401  which registers it
 
-    dist.init_process_group("fake", rank=0, world_size=sizes.data * sizes.tensor)
+    dist.init_process_group("fake", rank=0, world_size=sizes.weights * sizes.tensor)
     try:
-        mesh = init_device_mesh("cpu", tuple(sizes), mesh_dim_names=(DATA, TENSOR))
+        shared = (sizes.weights, sizes.tensor)
+        mesh = init_device_mesh("cpu", shared, mesh_dim_names=(DATA, TENSOR))
         model = weightless(shape, dtype, quantization)
         adapt(model)
         model.to("meta")
@@ -71,12 +73,16 @@ def dry_run(
             n_tokens=n_tokens,
             repeats=False,
         )
-        received = wire_bytes(sent, sizes, accumulate, reduce_each_batch)
+        of_context = list(
+            over_context(shape, sizes.context, n_sequences=n_rows, activation=products or dtype)
+        )
+        received = wire_bytes(sent, of_context, sizes, accumulate, reduce_each_batch)
     finally:
         dist.destroy_process_group()
+    context = f"{CONTEXT} {sizes.context} x " if sizes.context > 1 else ""
     state = 3 * FLOAT32 * trained  # gradient and AdamW's two moments
     lines = [
-        f"mesh      {DATA} {sizes.data} x {TENSOR} {sizes.tensor}",
+        f"mesh      {DATA} {sizes.data} x {context}{TENSOR} {sizes.tensor}",
         f"per rank  weights {_size(weights)}, gradients and optimizer {_size(state)}",
         "per step  "
         + ", ".join(f"{name} {_size(n)}" for name, n in received.items())
@@ -85,17 +91,24 @@ def dry_run(
     return table, lines
 
 
-def wire_bytes(sent: Traffic, sizes: Sizes, accumulate: int, each: bool) -> dict[str, float]:
+def wire_bytes(
+    sent: Traffic, of_context: list[Collective], sizes: Sizes, accumulate: int, each: bool
+) -> dict[str, float]:
     """Bytes that a rank receives in a step, by what is sent.
 
     Args:
+        of_context: of each block, what ranks that share a row send each other.
         each: gradients are reduced after each of the `accumulate` micro-batches.
     """
     found = {"weights": 0.0, "gradients": 0.0, "activations": 0.0}
     for c, times in sent.step(accumulate, reduce_each_batch=each).items():
         over_data = "weights" if c.kind == "gather" else "gradients"
         what = over_data if c.over == DATA else "activations"
-        found[what] += times * c.received(sizes.data if c.over == DATA else sizes.tensor)
+        found[what] += times * c.received(sizes.weights if c.over == DATA else sizes.tensor)
+    if of_context:
+        ranks = {CONTEXT: sizes.context, "halo": 2}
+        received = sum(c.received(ranks[c.over]) for c in of_context) / sizes.tensor
+        found["states"] = received * sent.n_layers * accumulate
     return found
 
 

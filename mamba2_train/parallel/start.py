@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from mamba2_train.checkpoint import StoredWeights, kept_dtype
 from mamba2_train.model import Mamba2Config, Mamba2LM, initial_weights
+from mamba2_train.parallel import context_parallel
 from mamba2_train.parallel.layout import plain_name
 from mamba2_train.parallel.shards import boxes, local_extent, shard
 from mamba2_train.parallel.sizes import DATA, TENSOR
@@ -37,11 +39,12 @@ Source = Callable[[Mapping[str, list[Region]]], Iterator[tuple[str, list[Tensor]
 
 
 class Sharding(NamedTuple):
-    """How to spread a model: see `shards.shard`."""
+    """How to spread a model: see `shards.shard`. context: the ranks that share this one's rows."""
 
     mesh: DeviceMesh
     products: torch.dtype | None = None
     cpu_offload: bool = False
+    context: ProcessGroup | None = None
 
 
 def sharded_model(
@@ -74,6 +77,8 @@ def sharded_model(
         from mamba2_train.parallel.tensor_parallel import parallelize
 
         parallelize(model, mesh[TENSOR], before_block=partial(_quantize, model, source, device))
+    if sharding.context is not None:
+        context_parallel.parallelize(model, context_parallel.Ranks(sharding.context))
     shard(model, mesh[DATA], products=sharding.products, cpu_offload=sharding.cpu_offload)
     read_weights(model, source, beside or {}, device, sharding.cpu_offload)
     return model, peft_model

@@ -4,8 +4,11 @@ Lightning's own ModelParallelStrategy, with what it lacks: a mesh whose dimensio
 what is split over them, one reduction of the gradients for a whole window of accumulation, and
 checkpoints that are whole or not there, of what is trained, readable by any number of ranks.
 
-    data      ranks that see different rows and share the weights (FSDP2)
-    tensor    ranks that see the same rows and share the heads of each layer
+    data      ranks that see different tokens and share the weights (FSDP2)
+    tensor    ranks that see the same tokens and share the heads of each layer
+
+Where rows are split (context parallelism), `context` consecutive ranks of the data dimension see
+the same rows, each its part of them. To the weights they are ranks like the others.
 """
 
 from collections.abc import Iterator
@@ -18,19 +21,21 @@ import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from mamba2_train.parallel import checkpoint as sharded
+from mamba2_train.parallel.context_parallel import own_part
 from mamba2_train.parallel.shards import give_back, reduce_gradients
-from mamba2_train.parallel.sizes import DATA, TENSOR, Sizes
+from mamba2_train.parallel.sizes import CONTEXT, DATA, TENSOR, Sizes
 
 
 class MeshStrategy(ModelParallelStrategy):
     """Runs a model that `start.sharded_model` has built on `device_mesh`.
 
     Args:
-        sizes: ranks of the two dimensions; they multiply to the number of processes.
+        sizes: ranks of the dimensions; they multiply to the number of processes.
         reduce_each_batch: reduce gradients after each micro-batch of a window, not after its last.
         cpu_offload: parameters that are cut, and the optimizer's state of them, are on the host.
     """
@@ -43,15 +48,24 @@ class MeshStrategy(ModelParallelStrategy):
         cpu_offload: bool = False,
         timeout: timedelta = timedelta(minutes=30),
     ) -> None:
-        super().__init__(sizes.data, sizes.tensor, timeout=timeout)
+        super().__init__(sizes.weights, sizes.tensor, timeout=timeout)
         self.sizes = sizes
+        self.context: ProcessGroup | None = None  # the ranks that share this one's rows
         self.reduce_each_batch = reduce_each_batch
         self.cpu_offload = cpu_offload
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        data = self.device_mesh[DATA]
-        return {"num_replicas": data.size(), "rank": data.get_local_rank()}
+        rank = self.device_mesh[DATA].get_local_rank() // self.sizes.context
+        return {"num_replicas": self.sizes.data, "rank": rank}
+
+    def batch_to_device(self, batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
+        """All ranks that share rows get the same batch, and take their parts of it."""
+        if self.context is not None:
+            model: Any = self._module.model
+            part = own_part(batch, self.context.rank(), self.context.size(), model.config.d_conv)
+            batch = {name: value for name, value in batch.items() if name == "position"} | part
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     def start(self) -> DeviceMesh:
         """Start the processes, if nobody has, and connect them: a model is built on the mesh."""
@@ -66,9 +80,17 @@ class MeshStrategy(ModelParallelStrategy):
         ParallelStrategy.setup_environment(self)
         self._setup_distributed()
         if self._device_mesh is None:
+            device, sizes = self.root_device.type, self.sizes
             self._device_mesh = init_device_mesh(
-                self.root_device.type, tuple(self.sizes), mesh_dim_names=(DATA, TENSOR)
+                device, (sizes.weights, sizes.tensor), mesh_dim_names=(DATA, TENSOR)
             )
+            if sizes.context > 1:
+                rows = init_device_mesh(
+                    device,
+                    (sizes.data, sizes.context, sizes.tensor),
+                    mesh_dim_names=(DATA, CONTEXT, TENSOR),
+                )
+                self.context = rows.get_group(CONTEXT)
 
     def setup(self, trainer: L.Trainer) -> None:
         """The model is on its devices already, in its own dtypes."""
@@ -116,8 +138,14 @@ class MeshStrategy(ModelParallelStrategy):
 
 
 def data_ranks(trainer: L.Trainer) -> tuple[int, Any]:
-    """How many ranks see rows of their own, and their process group; None: all that there are."""
+    """How many ranks see tokens of their own, and their process group; None: all that there are."""
     strategy = trainer.strategy
     if isinstance(strategy, MeshStrategy):
-        return strategy.sizes.data, strategy.device_mesh[DATA].get_group()
+        return strategy.sizes.weights, strategy.device_mesh[DATA].get_group()
     return trainer.world_size, None
+
+
+def row_ranks(trainer: L.Trainer) -> int:
+    """How many ranks, or groups of ranks, see rows of their own."""
+    strategy = trainer.strategy
+    return strategy.sizes.data if isinstance(strategy, MeshStrategy) else trainer.world_size

@@ -94,7 +94,7 @@ def traffic(
         n_tokens: of a micro-batch. repeats: the norms are computed again in the backward.
     """
     n_layers = config.n_layers
-    block, rest = _over_data(model, sizes.data, products, n_layers)
+    block, rest = _over_data(model, sizes.weights, products, n_layers)
     if sizes.tensor > 1:
         outside = _base(model.lm_head).weight.dtype
         for made, found in zip(
@@ -186,10 +186,11 @@ def over_context(
     if n == 1:
         return
     c = config
-    state = n_sequences * c.n_heads * (c.headdim * c.d_state + 1) * FLOAT32
+    states = n_sequences * c.n_heads * c.headdim * c.d_state * FLOAT32
+    decays = n_sequences * c.n_heads * FLOAT32
     halo = n_sequences * (c.d_conv - 1) * c.d_conv_channels * activation.itemsize
-    for when in ("forward", "backward"):
-        yield Collective("gather", "context", n * state, when)  # type: ignore[arg-type]
+    for when, size in (("forward", states + decays), ("backward", states)):
+        yield Collective("gather", "context", n * size, when)  # type: ignore[arg-type]
         # one neighbour's: as if two shared it
         yield Collective("gather", "halo", halo, when)  # type: ignore[arg-type]
 

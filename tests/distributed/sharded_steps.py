@@ -1,9 +1,9 @@
 """Six steps under a strategy that shards, by two ranks with unequal numbers of tokens.
 
-    torchrun --nproc-per-node 2 sharded_steps.py FOLDER DATAxTENSOR CASE...
+    torchrun --nproc-per-node 2 sharded_steps.py FOLDER DATAxTENSOR[xCONTEXT] CASE... [SIZES ...]
 
 FOLDER holds checkpoints `float32` and `float64` and, for `memory`, `large`; the results of a case
-go to FOLDER/DATAxTENSOR-CASE.pt. A case is VARIANT-DTYPE[-BROKEN]; see `run`. Run by
+go to FOLDER/SIZES-CASE.pt. A case is VARIANT-DTYPE[-BROKEN]; see `run`. Run by
 tests/test_sharded.py, which takes `batches` and `adapt` from here too.
 """
 
@@ -88,7 +88,7 @@ def build(folder, variant, dtype, strategy, source="float32"):
         load_config(folder / source),
         stored(StoredWeights(folder / source)),
         lambda model: adapt(model, variant),
-        Sharding(strategy.start()),
+        Sharding(strategy.start(), context=strategy.context),
         dtype=dtype,
         quantization="nf4" if variant == "nf4" else None,
     )
@@ -136,7 +136,8 @@ def run(folder, sizes, case):
     weights = dict(whole_tensors(model, lambda p: p.detach() if p.requires_grad else None))
     found = {"losses": module.losses, "gradients": module.gradients, "weights": weights}
     if dist.get_rank() == 0:
-        torch.save(found, folder / f"{sizes.data}x{sizes.tensor}-{case}.pt")
+        name = "x".join(map(str, sizes if sizes.context > 1 else sizes[:2]))
+        torch.save(found, folder / f"{name}-{case}.pt")
 
 
 def measure(folder):
@@ -163,9 +164,13 @@ def _status(key):
 
 def main():
     folder = Path(sys.argv[1])
-    sizes = Sizes(*map(int, sys.argv[2].split("x")))
-    for case in sys.argv[3:]:
-        measure(folder) if case == "memory" else run(folder, sizes, case)
+    for case in sys.argv[2:]:
+        if case[0].isdigit():
+            sizes = Sizes(*map(int, case.split("x")))
+        elif case == "memory":
+            measure(folder)
+        else:
+            run(folder, sizes, case)
     dist.barrier()
     dist.destroy_process_group()
 
