@@ -237,6 +237,8 @@ class Plan:
         elif mode != "none":
             repeated = blocks / checkpointing_interval(mode)
         repeated += forward * (1 - 1 / self.n_segments)  # all but the last
+        if self.config.objective.kind == "dpo":  # the reference
+            repeated += flops_per_token(c)
         return forward, 2 * forward + weights + repeated
 
     @property
