@@ -115,7 +115,8 @@ class DataConfig(BaseModel):
     )
     messages_column: str | None = Field(default=None, description="null: messages or conversations")
     chat_template: str | None = Field(
-        default=None, description="a Jinja file; null: the tokenizer's own"
+        default=None,
+        description="a Jinja file, or embedded, a plain one; null: the tokenizer's own",
     )
     loss_on: Literal["completion", "assistant", "all", "pairs"] | None = Field(
         default=None,
