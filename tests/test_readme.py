@@ -29,6 +29,7 @@ COMMANDS = {
     "mamba2-plan": ("plan", PlanConfig),
 }
 PAGES = ["README.md", "recipes/README.md", "mamba2_train/assets/README.md"]
+PAGES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))
 BLOCKS = [
     (page, language, body)
     for page in PAGES
