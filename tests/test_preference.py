@@ -9,6 +9,8 @@ DPOTrainer too. What is compared went through TextDataModule and PreferenceModul
 import json
 import math
 import random
+import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -16,13 +18,18 @@ import torch
 
 from mamba2_train.adapters import add_lora
 from mamba2_train.assets import FOLDER
+from mamba2_train.checkpoint import save_pretrained
+from mamba2_train.commands.train import main
 from mamba2_train.data.config import DataConfig
 from mamba2_train.data.datamodule import TextDataModule
-from mamba2_train.data.tokenizer import load_tokenizer
+from mamba2_train.data.tokenizer import load_tokenizer, save_tokenizer
 from mamba2_train.errors import UserError
 from mamba2_train.model import Mamba2LM
 from mamba2_train.preference import PreferenceModule, adapters_off, by_answer
 from mamba2_train.schema import AdamWConfig, DpoConfig, SchedulerConfig
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+import preference_ranks
 
 SEQ_LEN = 128
 # in tokens, about
@@ -417,6 +424,59 @@ def test_trl_comes_to_the_same_loss_and_metrics(
             ("logps/rejected", "logps/rejected"),
         ):
             assert metrics[f"train/{ours}"] == pytest.approx(logged[name][-1], rel=1e-4, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def one_batch(tmp_path_factory, small_config, random_model):
+    """A folder with a base, and the steps of one process with all rows of a step in one batch."""
+    folder = tmp_path_factory.mktemp("ranks")
+    save_pretrained(random_model(small_config(), dtype=torch.float64), folder / "base")
+    return folder, preference_ranks.run(folder, "single", 1)
+
+
+def assert_equal_runs(found, expected, limit):
+    torch.testing.assert_close(found["metrics"], expected["metrics"], rtol=1e-5, atol=1e-6)
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        assert (found["weights"][name] - weight).abs().max() < limit, name
+
+
+def test_two_ranks_equal_one_batch(one_batch, torchrun):
+    """By copies, by weights spread over them, and by heads spread over them."""
+    folder, expected = one_batch
+    strategies = "ddp", "fsdp", "tp"
+    torchrun("preference_ranks.py", str(folder), *strategies)
+    for strategy in strategies:
+        assert_equal_runs(torch.load(folder / f"{strategy}.pt"), expected, 1e-9)
+
+
+def test_a_resumed_run_over_4_bits_comes_to_the_same_bits(
+    small_config, random_model, tokenizer, tmp_path, monkeypatch
+):
+    """What is trained in full has moved by then: the reference must be the base's again."""
+    save_pretrained(random_model(small_config(d_model=64, vocab_size=4096)), tmp_path / "base")
+    save_tokenizer(tokenizer, tmp_path / "base")
+    common = [
+        *("objective=dpo", "data=local", "data.source=embedded:preferences", "data.limit_rows=60"),
+        *(f"model.source={tmp_path / 'base'}", "quantization=nf4", "adapter.train=[conv1d,A_log]"),
+        *("data.seq_len=160", "data.batch_size=2", "trainer.accumulate=2", "trainer.log_every=1"),
+        *("scheduler=constant", "trainer.validate_every=2", "optimizer.lr=0.01", "logger=csv"),
+        *("callbacks.samples.prompts=[]", "trainer.progress_bar=false", "trainer.max_epochs=null"),
+        "scheduler.warmup_fraction=0",
+    ]
+    monkeypatch.setenv("COLUMNS", "200")
+    for run, steps in (("whole", 4), ("cut", 2), ("cut", 4)):
+        rest = [f"run_dir={tmp_path / run}", f"trainer.max_steps={steps}", "resume=auto"]
+        monkeypatch.setattr(sys, "argv", ["mamba2-train", *common, *rest])
+        main()
+    results = [json.loads((tmp_path / run / "result.json").read_text()) for run in ("whole", "cut")]
+    assert results[1]["resumed"] == 2
+    assert results[0]["base"]["val/loss"] == pytest.approx(math.log(2), rel=1e-7)
+    assert results[0]["final"] == results[1]["final"]
+    assert results[0]["final"]["val/loss"] < math.log(2)
+    for file in ("adapter_model.safetensors", "trained_in_full.safetensors"):
+        whole, cut = ((tmp_path / run / "adapter" / file).read_bytes() for run in ("whole", "cut"))
+        assert whole == cut
 
 
 def test_pairs_too_long(tokenizer, source):
