@@ -19,7 +19,6 @@ import torch
 from mamba2_train.adapters import add_lora
 from mamba2_train.assets import FOLDER
 from mamba2_train.checkpoint import save_pretrained
-from mamba2_train.commands.train import main
 from mamba2_train.data.config import DataConfig
 from mamba2_train.data.datamodule import TextDataModule
 from mamba2_train.data.tokenizer import load_tokenizer, save_tokenizer
@@ -451,7 +450,7 @@ def test_two_ranks_equal_one_batch(one_batch, torchrun):
 
 
 def test_a_resumed_run_over_4_bits_comes_to_the_same_bits(
-    small_config, random_model, tokenizer, tmp_path, monkeypatch
+    small_config, random_model, tokenizer, tmp_path, train
 ):
     """What is trained in full has moved by then: the reference must be the base's again."""
     save_pretrained(random_model(small_config(d_model=64, vocab_size=4096)), tmp_path / "base")
@@ -464,11 +463,8 @@ def test_a_resumed_run_over_4_bits_comes_to_the_same_bits(
         *("callbacks.samples.prompts=[]", "trainer.progress_bar=false", "trainer.max_epochs=null"),
         "scheduler.warmup_fraction=0",
     ]
-    monkeypatch.setenv("COLUMNS", "200")
     for run, steps in (("whole", 4), ("cut", 2), ("cut", 4)):
-        rest = [f"run_dir={tmp_path / run}", f"trainer.max_steps={steps}", "resume=auto"]
-        monkeypatch.setattr(sys, "argv", ["mamba2-train", *common, *rest])
-        main()
+        train(*common, f"run_dir={tmp_path / run}", f"trainer.max_steps={steps}", "resume=auto")
     results = [json.loads((tmp_path / run / "result.json").read_text()) for run in ("whole", "cut")]
     assert results[1]["resumed"] == 2
     assert results[0]["base"]["val/loss"] == pytest.approx(math.log(2), rel=1e-7)

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
@@ -17,7 +16,7 @@ from mamba2_train.assets import FOLDER
 from mamba2_train.checkpoint import save_pretrained
 from mamba2_train.commands import extend_hydra
 from mamba2_train.commands.plan import known_shape
-from mamba2_train.commands.train import adapt, check_adapter, main
+from mamba2_train.commands.train import adapt, check_adapter
 from mamba2_train.data.tokenizer import load_tokenizer, save_tokenizer
 from mamba2_train.plan import GB, Plan
 from mamba2_train.schema import PlanConfig, validated
@@ -136,12 +135,8 @@ def assert_trained(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "codestral_full"])
-def test_two_steps(name, shrunken, tmp_path, monkeypatch):
-    given = arguments(name, shrunken, tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mamba2-train", "--config-name", name, *given])
-    monkeypatch.setenv("COLUMNS", "200")
-    torch.manual_seed(0)
-    main()
+def test_two_steps(name, shrunken, tmp_path, train):
+    train("--config-name", name, *arguments(name, shrunken, tmp_path))
     assert_trained(tmp_path / "run")
 
 
@@ -163,9 +158,7 @@ def test_two_steps_by_two_ranks(shrunken, tmp_path):
     assert_trained(tmp_path / "run")
 
 
-def test_eight_ranks_are_planned(shrunken, tmp_path, monkeypatch, capsys):
+def test_eight_ranks_are_planned(shrunken, tmp_path, train, capsys):
     given = arguments("codestral_full", shrunken, tmp_path)
-    launch = ["mamba2-train", "--config-name", "codestral_full"]
-    monkeypatch.setattr(sys, "argv", [*launch, *given, "strategy.dry_run=true"])
-    main()
+    train("--config-name", "codestral_full", *given, "strategy.dry_run=true")
     assert re.search(r"mesh +data 4 x tensor 2", capsys.readouterr().out)
