@@ -75,8 +75,8 @@ class Throughput(Callback):
 
     The clock stands still from the start of a validation to the next training batch. MFU counts 2
     FLOPs per multiply-add of the forward pass, as many again for the gradient of the activations,
-    and as many for that of the weights, times the share of them that is trained; recomputation
-    does not count.
+    and as many for that of the weights, times the share of them that is trained; and those of the
+    reference of objective=dpo; recomputation does not count.
     """
 
     def __init__(self) -> None:
@@ -90,7 +90,8 @@ class Throughput(Callback):
         weights = [p for p in model.parameters() if p.dim() > 1]
         trained = sum(p.numel() for p in weights if p.requires_grad)
         share = trained / sum(p.numel() for p in weights)
-        self.flops_per_token = flops_per_token(model.config) * (2 + share)
+        passes = 2 + share + module.reference_passes  # type: ignore[operator]
+        self.flops_per_token = flops_per_token(model.config) * passes
         products = torch.bfloat16 if trainer.precision == "bf16-mixed" else weights[0].dtype
         self.peak_flops = peak_flops(module.device, products)
         self.every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector

@@ -79,6 +79,7 @@ class Mamba2Module(L.LightningModule):
 
     # a checkpoint holds what is trained; the frozen rest is where it came from
     strict_loading = False
+    reference_passes = 0  # forward passes of a step beside its own
 
     def __init__(
         self,

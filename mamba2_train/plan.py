@@ -263,6 +263,8 @@ class Plan:
             # the part's own state, apart from the scan: forward, and twice that backward
             once = 2 * c.n_layers * c.d_inner * c.d_state
             repeated += once * (3 if mode == "none" else 4)
+        if self.config.objective.kind == "dpo":  # the reference
+            repeated += flops_per_token(c)
         return forward, 2 * forward + weights + repeated
 
     @property

@@ -120,8 +120,9 @@ class Run:
                 f"{data['train_source_rows']:,} rows, streamed in {data['train_blocks']:,} blocks"
             )
         else:
+            unit = "documents" if self.config.objective.kind == "sft" else "pairs"
             what = (
-                f"{data['train_documents']:,} documents, {data['train_tokens']:,} tokens, "
+                f"{data['train_documents']:,} {unit}, {data['train_tokens']:,} tokens, "
                 f"{data['train_documents_per_row']:.3g} to a row, "
                 f"{data['train_packing_efficiency']:.1%} of it filled"
             )
@@ -262,7 +263,8 @@ class Run:
         return p.detach() if p.requires_grad or self.adapter is None else None
 
     def _take_best(self) -> dict[str, float]:
-        """Leave the best weights in the model; returns their held-out loss and perplexity."""
+        """Leave the best weights in the model; returns their held-out loss and perplexity, or, of
+        preference pairs, all that is measured of them."""
         scores = self.saver.scores
         now = scores.get(self.trainer.global_step)
         if now is None:
@@ -274,6 +276,8 @@ class Run:
             load_weights(path, self.module)
             self.result["best_step"] = best
             now = scores[best]
+        if self.config.objective.kind == "dpo":
+            return self._evaluate()
         return {"val/loss": now, "val/perplexity": math.exp(now)}
 
     def _leave(self, number: int) -> None:
@@ -291,11 +295,19 @@ class Run:
 
     def _print_summary(self, samples: list[dict[str, str]], target: Path, report: Path) -> None:
         base, final = self.result["base"], self.result["final"]
-        change = final["val/perplexity"] / base["val/perplexity"] - 1
+        if self.config.objective.kind == "dpo":
+            found = (
+                f"held-out loss  [bold]{base['val/loss']:.4f} -> {final['val/loss']:.4f}[/], the "
+                f"chosen answer ahead in [bold]{final['val/rewards/accuracy']:.0%}[/] of the pairs"
+            )
+        else:
+            change = final["val/perplexity"] / base["val/perplexity"] - 1
+            found = (
+                f"held-out perplexity  [bold]{base['val/perplexity']:.2f} -> "
+                f"{final['val/perplexity']:.2f}[/]  ({change:+.0%})"
+            )
         console.print(
-            f"\nheld-out perplexity  [bold]{base['val/perplexity']:.2f} -> "
-            f"{final['val/perplexity']:.2f}[/]  ({change:+.0%})  after {self.result['steps']} "
-            f"steps, {self.result['seconds']:.0f} s\n"
+            f"\n{found}  after {self.result['steps']} steps, {self.result['seconds']:.0f} s\n"
         )
         table = Table("prompt", "before", "after", box=None, padding=(0, 2, 1, 0))
         for s in samples:

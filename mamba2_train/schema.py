@@ -370,6 +370,35 @@ class ParallelConfig(Group):
 LongContextConfig = OrdinaryContextConfig | ExactConfig | TruncatedConfig | ParallelConfig
 
 
+class SftConfig(Group):
+    """The tokens of each document are to be predicted."""
+
+    kind: Literal["sft"]
+
+
+class DpoConfig(Group):
+    """Of two answers to a prompt the chosen one is to gain on the rejected one, measured against
+    the base under the adapter (direct preference optimization)."""
+
+    kind: Literal["dpo"]
+    beta: PositiveFloat = Field(
+        description="how much a lead over the reference counts; ipo aims at a lead of 1 / (2 beta)"
+    )
+    loss_type: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        default=0.0, description="sigmoid: share of the pairs that may be the wrong way round"
+    )
+
+    @model_validator(mode="after")
+    def _smoothed(self) -> "DpoConfig":
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} is of loss_type=sigmoid, and loss_type is "
+                f"{self.loss_type}: set it to 0, or loss_type=sigmoid"
+            )
+        return self
+
+
 class SavingConfig(Group):
     """A checkpoint is written after each validation, and as often as is asked for here."""
 
@@ -464,6 +493,7 @@ class TrainConfig(Group):
     adapter: Annotated[LoraConfig | ContinueConfig | FullConfig, Field(discriminator="kind")]
     data: DataConfig
     quantization: QuantizationConfig
+    objective: Annotated[SftConfig | DpoConfig, Field(discriminator="kind")] = SftConfig(kind="sft")
     optimizer: Annotated[OptimizerConfig, Field(discriminator="kind")]
     scheduler: SchedulerConfig
     strategy: StrategyConfig
@@ -474,6 +504,17 @@ class TrainConfig(Group):
     callbacks: CallbacksConfig
     logger: LoggerConfig
     trainer: TrainerConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_pairs(cls, values: Any) -> Any:
+        """What the objective makes of the data is a setting of theirs: the cache goes by it."""
+        objective, data = (values.get(group) for group in ("objective", "data"))
+        if not isinstance(objective, dict) or not isinstance(data, dict):
+            return values
+        if objective.get("kind") == "dpo" and data.get("loss_on") is None:
+            return values | {"data": data | {"loss_on": "pairs"}}
+        return values
 
     @model_validator(mode="after")
     def _across_groups(self) -> "TrainConfig":
@@ -486,6 +527,10 @@ class TrainConfig(Group):
             self._check_quantization()
         if self.strategy.shards:
             self._check_shards()
+        if self.objective.kind == "dpo":
+            self._check_preference()
+        elif self.data.loss_on == "pairs":
+            raise ValueError("data.loss_on=pairs is what objective=dpo learns: set it, or null")
         if isinstance(self.optimizer, AdamWConfig) and self.optimizer.needs_bitsandbytes:
             bitsandbytes()
         if self.adapter.kind != "full" and self.model.source is None:
@@ -513,6 +558,46 @@ class TrainConfig(Group):
                 "both to numbers of steps"
             )
         return self
+
+    def _check_preference(self) -> None:
+        lora, data = self.adapter, self.data
+        if data.loss_on != "pairs":
+            raise ValueError(
+                f"data.loss_on={data.loss_on} learns one answer, and objective=dpo compares two: "
+                "set data.loss_on=null, or objective=sft"
+            )
+        if data.packing not in ("bfd", "none"):
+            raise ValueError(
+                f"data.packing={data.packing} may cut a document, and the two of a pair stay whole "
+                "in one row: use data.packing=bfd or none"
+            )
+        if self.long_context.kind != "none":
+            raise ValueError(
+                f"long_context={self.long_context.kind} cuts a row, and objective=dpo compares two "
+                "whole answers in it: use long_context=none and model.checkpointing=full"
+            )
+        if lora.kind == "full":
+            raise ValueError(
+                "objective=dpo compares with the base under the adapter, and adapter=full has "
+                "none: use adapter=lora"
+            )
+        if lora.kind == "continue":
+            raise ValueError(
+                "objective=dpo compares with the base under the adapter, which is not what the "
+                f"adapter {lora.source} has made of it: merge that first (mamba2-export "
+                f"checkpoint={lora.source} out=FOLDER), then model.source=FOLDER adapter=lora"
+            )
+        if lora.init.startswith(("pissa", "olora")):
+            raise ValueError(
+                f"adapter.init={lora.init} takes a part out of the base, which objective=dpo "
+                "compares with: use adapter.init=default"
+            )
+        if lora.train and self.strategy.shards:
+            raise ValueError(
+                f"adapter.train={lora.train} changes the base that objective=dpo compares with, "
+                f"and strategy={self.strategy.kind} cannot keep a copy of it: set "
+                "adapter.train=[], or strategy=ddp"
+            )
 
     def _check_shards(self) -> None:
         chosen = f"strategy={self.strategy.kind}"
@@ -724,6 +809,11 @@ class EvaluateConfig(Group):
             raise ValueError(f"plot={self.plot} is of no kind that is drawn: .png, .svg or .pdf")
         if self.plot is not None and self.tasks:
             raise ValueError("tasks have no loss by position: remove plot, or tasks")
+        if self.data.loss_on == "pairs":
+            raise ValueError(
+                "data.loss_on=pairs is measured while it is trained: set data.loss_on=null and "
+                "data.completion_column=chosen (or data.messages_column) to measure one answer"
+            )
         if self.quantization.stored is not None:
             bitsandbytes()
         return self

@@ -127,3 +127,21 @@ def torchrun() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """mamba2-train in this process, which forgets what a run hands down to processes of its own."""
+    from mamba2_train.commands.train import main
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["mamba2-train", *arguments])
+        before = dict(os.environ)
+        os.environ["COLUMNS"] = "200"
+        try:
+            main()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+    return run

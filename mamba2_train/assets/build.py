@@ -6,6 +6,7 @@
     python -m mamba2_train.assets.build tokenizer   # assets/tiny_base/tokenizer*.json
     python -m mamba2_train.assets.build base --model runs/pretrain_tiny/.../model
                                                     # assets/tiny_base/model.safetensors
+    python -m mamba2_train.assets.build preferences # assets/preferences.jsonl
 
 Every text is in the public domain; README.md beside this file says where each comes from and how
 its packaging is licensed. Packages are fetched by name, into a folder that is kept:
@@ -73,6 +74,7 @@ WINDOW = 32_000  # characters of it, some 8,000 tokens
 ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "—": "--", "–": "-"})
 
 VOCAB_SIZE = 4096
+LONGEST_DEFINITION = 160  # characters, of a preference pair
 EOS, PAD = "<|endoftext|>", "<|padding|>"  # ids 0 and 1
 
 
@@ -463,6 +465,42 @@ def read_quotes(path: Path) -> list[dict[str, str]]:
         return [json.loads(line) for line in file]
 
 
+def build_preferences(quotes: Path, out: Path) -> str:
+    """Pairs of `prompt`, `chosen`, `rejected`: a word of the dictionary, its definition, and what
+    the embedded base makes of the word, sampled with a seed for each. They keep their quote's
+    `split`."""
+    import torch  # the other commands do without
+
+    from mamba2_train.checkpoint import load_pretrained
+    from mamba2_train.data.tokenizer import load_tokenizer
+    from mamba2_train.generation import generate
+
+    tokenizer = load_tokenizer(str(ASSETS / "tiny_base"))
+    model = load_pretrained(str(ASSETS / "tiny_base"), dtype=torch.float32)
+    rows: list[dict[str, str]] = []
+    for quote in read_quotes(quotes):
+        word, _, definition = quote["quote"].partition(": ")
+        if "devils-dictionary" not in quote["tags"] or len(definition) > LONGEST_DEFINITION:
+            continue
+        ids = torch.tensor([tokenizer.encode(f"{word}:")])
+        made = generate(
+            model,
+            ids,
+            max_new_tokens=40,
+            temperature=0.8,
+            top_p=0.95,
+            eos_token_id=tokenizer.eos_token_id,
+            seed=len(rows),
+        )[0, ids.shape[1] :]
+        instead = tokenizer.decode(made, skip_special_tokens=True)
+        instead = " ".join(instead[: instead.rfind(".") + 1 or None].split())
+        if instead:
+            answers = {"chosen": f" {definition}", "rejected": f" {instead}"}
+            rows.append({"prompt": f"{word}:", **answers, "split": quote["split"]})
+    write_jsonl(out, rows)
+    return f"{out}: {len(rows)} pairs"
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, object]] | Iterable[dict[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
@@ -482,6 +520,7 @@ def main(arguments: list[str] | None = None) -> int:
         "novels": "write Jane Austen's novels, each whole, for the recipe long_context",
         "tokenizer": "train the byte-level BPE tokenizer on the corpus and the train quotes",
         "base": "store a model that the recipe pretrain_tiny has trained",
+        "preferences": "pair short definitions with what the embedded base writes instead",
     }
     corpus = Path("build/tiny_base")
     default_out = {
@@ -490,6 +529,7 @@ def main(arguments: list[str] | None = None) -> int:
         "novels": Path("build/novels"),
         "tokenizer": ASSETS / "tiny_base",
         "base": ASSETS / "tiny_base",
+        "preferences": ASSETS / "preferences.jsonl",
     }
     for name, text in summary.items():
         sub = commands.add_parser(name, help=text, description=text)
@@ -522,6 +562,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(build_novels(options.downloads, options.out))
         elif options.command == "base":
             print(build_base(options.model, options.out))
+        elif options.command == "preferences":
+            print(build_preferences(default_out["quotes"], options.out))
         else:
             print(build_tokenizer(options.corpus, default_out["quotes"], options.out))
     except UserError as error:

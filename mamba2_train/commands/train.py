@@ -46,6 +46,7 @@ from mamba2_train.parallel.sizes import Sizes, mesh_sizes
 from mamba2_train.parallel.start import Sharding, drawn, sharded_model, stored, weightless
 from mamba2_train.parallel.strategy import MeshStrategy, row_ranks
 from mamba2_train.plan import Plan, shortage
+from mamba2_train.preference import PreferenceModule
 from mamba2_train.processes import check_launcher, open_log, own
 from mamba2_train.resume import identity, locate
 from mamba2_train.run import Run, base_name
@@ -115,15 +116,7 @@ def main(config: TrainConfig) -> None:
     saver.run = identity(config, model, data.fingerprint(), row_ranks(trainer), resumed)
     data.trainer = trainer
     total_steps = count_steps(config, data)
-    module = Mamba2Module(
-        model,
-        config.optimizer,
-        config.scheduler,
-        total_steps,
-        config.adapter.lora_plus_ratio,
-        nonfinite,
-        config.long_context,
-    )
+    module = build_module(config, model, total_steps, nonfinite)
     run = Run(
         *(config, trainer, module, data, tokenizer, adapter, saver, started, resumed),
         in_one_piece=partial(in_one_piece, config, shape),
@@ -134,6 +127,16 @@ def main(config: TrainConfig) -> None:
     run.conclude()
     # a rank that leaves while another still talks to it aborts the job at its very end
     trainer.strategy.barrier()
+
+
+def build_module(
+    config: TrainConfig, model: Mamba2LM, total_steps: int, nonfinite: NonFinite
+) -> Mamba2Module:
+    """What a step of training is, by the objective."""
+    settings = (config.optimizer, config.scheduler, total_steps, config.adapter.lora_plus_ratio)
+    if config.objective.kind == "dpo":
+        return PreferenceModule(model, *settings, nonfinite, objective=config.objective)
+    return Mamba2Module(model, *settings, nonfinite, config.long_context)
 
 
 def model_shape(config: TrainConfig) -> Mamba2Config:

@@ -16,6 +16,7 @@ from jinja2 import TemplateSyntaxError
 from numpy.typing import NDArray
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mamba2_train.assets import EMBEDDED, FOLDER
 from mamba2_train.data.files import BadRow
 from mamba2_train.data.formats import Chat
 from mamba2_train.data.messages import Message
@@ -33,9 +34,11 @@ class _Rendered(NamedTuple):
 
 def set_template(tokenizer: Any, file: str | None) -> None:
     """Give `tokenizer` the chat template in `file`, in place: it is saved with the tokenizer, so
-    that the model is used as it was trained."""
+    that the model is used as it was trained. `embedded` is the one that ships with the package."""
     if file is None:
         return
+    if file == EMBEDDED:
+        file = str(FOLDER / "chat.jinja")
     try:
         tokenizer.chat_template = Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -115,12 +115,14 @@ class DataConfig(BaseModel):
     )
     messages_column: str | None = Field(default=None, description="null: messages or conversations")
     chat_template: str | None = Field(
-        default=None, description="a Jinja file; null: the tokenizer's own"
+        default=None,
+        description="a Jinja file, or embedded, a plain one; null: the tokenizer's own",
     )
-    loss_on: Literal["completion", "assistant", "all"] | None = Field(
+    loss_on: Literal["completion", "assistant", "all", "pairs"] | None = Field(
         default=None,
         description="assistant: what the chat template puts between {% generation %} and "
-        "{% endgeneration %}; null: completion where rows have one, else all",
+        "{% endgeneration %}; null: completion where rows have one, else all; pairs: of two "
+        "answers, one over the other, which is what objective=dpo makes of null",
     )
     append_eos: bool = Field(
         default=True,
@@ -163,6 +165,11 @@ class DataConfig(BaseModel):
     @property
     def weights(self) -> tuple[float, ...]:
         return (1.0,) if self.sources is None else tuple(s.weight for s in self.sources)
+
+    @property
+    def together(self) -> int:
+        """Documents that one row of the source becomes and that stay in one row of a batch."""
+        return 2 if self.loss_on == "pairs" else 1
 
     @property
     def title(self) -> str:

@@ -28,7 +28,9 @@ class TextDataModule(L.LightningDataModule):
     A batch is a dict of `input_ids` and `labels` (batch, seq_len) int64 and `seq_idx` (batch,
     seq_len) int32: labels are the input ids or -100 where nothing is learned, not shifted;
     seq_idx numbers a row's documents from 0 and is -1 at padding. With packing=continued the labels
-    are `shift_labels`, each where it is predicted, and seq_idx numbers an epoch's documents.
+    are `shift_labels`, each where it is predicted, and seq_idx numbers an epoch's documents. With
+    loss_on=pairs documents 2k and 2k + 1 of a row are the chosen and the rejected answer of one
+    pair.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any, seed: int = 0) -> None:
@@ -50,8 +52,8 @@ class TextDataModule(L.LightningDataModule):
             self.train_data, held_out = open_stream(config, self.tokenizer, self.seed)
         else:
             train, held_out = load_documents(config, self.tokenizer)
-            self.train_data = arrange(train, config.seq_len, config.packing)
-        self.val_data = arrange(held_out, config.seq_len, config.packing)
+            self.train_data = arrange(train, config.seq_len, config.packing, config.together)
+        self.val_data = arrange(held_out, config.seq_len, config.packing, config.together)
 
     @property
     def streamed(self) -> bool:

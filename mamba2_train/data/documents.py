@@ -13,7 +13,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from mamba2_train.data.cache import Arrays, Entry, cached, content, digest
 from mamba2_train.data.config import DataConfig
-from mamba2_train.data.encoding import encode
+from mamba2_train.data.encoding import encode, encode_pairs
 from mamba2_train.data.formats import detect, learned_column
 from mamba2_train.data.mixing import Mixture, Part
 from mamba2_train.data.sources import Row, load_held_out, load_rows, open_source
@@ -59,6 +59,8 @@ OTHER_SETTINGS = {
 class Documents:
     """Sequences of at most seq_len tokens, end to end in flat arrays, which may be memory maps.
 
+    Of preference pairs the chosen answer and the rejected one follow each other, each behind the
+    prompt.
     `tokens` (all,) int32; `learned` (all,) bool; document i is [bounds[i], bounds[i + 1]).
     `counts`: documents, dropped, long, skipped (rows of the source), tokens.
     """
@@ -164,22 +166,22 @@ def append_documents(
         learned: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
         lengths: list[int] = []
         kept: list[tuple[int, int, bool]] = []
-        for row, (ids, learn, fault) in zip(some, encode(some, tokenizer, config), strict=True):
+        made = _pairs if config.loss_on == "pairs" else _pieces
+        for text, documents, fault in made(some, tokenizer, config):
             if fault is not None:
                 counts["skipped"] += 1
                 if not faults:
                     faults.append(fault)
                 continue
-            long = len(ids) > config.seq_len
+            long = len(text) > config.seq_len
             counts["long"] += long
-            n_before = len(lengths)
-            for start, stop in pairwise(_cuts(len(ids), row, config)):
-                if learn[start + 1 : stop].any():  # nothing before its first token predicts it
-                    tokens.append(ids[start:stop])
-                    learned.append(learn[start:stop])
-                    lengths.append(stop - start)
-            if n := len(lengths) - n_before:
-                kept.append((xxhash.xxh3_64_intdigest(ids.tobytes()), n, long))
+            for ids, learn in documents:
+                tokens.append(ids)
+                learned.append(learn)
+                lengths.append(len(ids))
+            if documents:
+                text_hash = xxhash.xxh3_64_intdigest(text.tobytes())
+                kept.append((text_hash, len(documents), long))
             else:
                 counts["dropped"] += 1
         arrays.append(to + "tokens", np.concatenate(tokens))
@@ -391,6 +393,47 @@ def _refuse_nothing(counts: dict[str, int], origin: str, config: DataConfig) -> 
             f"{origin}: none of its {n_rows} rows leaves anything to learn; check that "
             f"{learned_column(config)!r} is the right column and not empty"
         )
+
+
+class _Made(NamedTuple):
+    """What a row becomes: its tokens, the documents they are cut into, each with what is learned
+    of it, or why the row is skipped."""
+
+    text: NDArray[np.int32]
+    documents: list[tuple[NDArray[np.int32], NDArray[np.bool_]]]
+    fault: str | None
+
+
+def _pieces(rows: list[Row], tokenizer: Any, config: DataConfig) -> Iterator[_Made]:
+    for row, (ids, learned, fault) in zip(rows, encode(rows, tokenizer, config), strict=True):
+        cuts = pairwise(_cuts(len(ids), row, config))
+        pieces = [(ids[start:stop], learned[start:stop]) for start, stop in cuts]
+        yield _Made(ids, [piece for piece in pieces if _teaches(piece[1])], fault)
+
+
+def _pairs(rows: list[Row], tokenizer: Any, config: DataConfig) -> Iterator[_Made]:
+    """Two documents of each row, which fit `seq_len` together."""
+    for row, pair in zip(rows, encode_pairs(rows, tokenizer, config), strict=True):
+        answers = [np.concatenate([pair.prompt, a]) for a in (pair.chosen, pair.rejected)]
+        text = np.concatenate(answers)
+        if len(text) > config.seq_len:
+            if config.long_documents != "truncate":
+                raise UserError(
+                    f"{row.place}: a pair stays in one row, and its answers with their prompts "
+                    f"have {len(text)} tokens, but data.seq_len is {config.seq_len}: raise it, or "
+                    "set data.long_documents=truncate to cut their ends off"
+                )
+            # what the shorter one leaves is the longer one's
+            most = max(config.seq_len // 2, config.seq_len - min(map(len, answers)))
+            answers = [a[:most] for a in answers]
+        documents = [(a, np.arange(len(a)) >= len(pair.prompt)) for a in answers]
+        differ = not np.array_equal(answers[0], answers[1])
+        kept = differ and all(_teaches(learned) for _, learned in documents)
+        yield _Made(text, documents if kept else [], pair.fault)
+
+
+def _teaches(learned: NDArray[np.bool_]) -> bool:
+    return bool(learned[1:].any())  # nothing before a document's first token predicts it
 
 
 def _cuts(length: int, row: Row, config: DataConfig) -> list[int]:

@@ -175,6 +175,6 @@ def _pairs_need_an_objective(row: Row, config: DataConfig) -> str:
         separate = row.values.get(prompt) is not None
         cure = "data.completion_column=chosen" if separate else "data.text_column=chosen"
     return (
-        f"{row.file} holds preference pairs, and this run learns one answer to each prompt: to "
-        f"train on `chosen` alone, set {cure}"
+        f"{row.file} holds preference pairs, and this run learns one answer to each prompt: set "
+        f"objective=dpo to learn which is preferred, or, to train on `chosen` alone, {cure}"
     )

@@ -272,6 +272,12 @@ def _loss_on(format: str, columns: list[str], config: DataConfig) -> str:
         )
     if wanted == "assistant" and strings:
         raise UserError(_NO_TURNS.format(f"rows of format {format}"))
+    if wanted == "pairs" and format != "preference":
+        raise UserError(
+            f"objective=dpo learns from pairs, in columns chosen and rejected, and rows of format "
+            f"{format} have none (the columns are: {', '.join(columns)}): give such data, or set "
+            "objective=sft"
+        )
     if wanted is not None:
         return wanted
     if format == "tokens":

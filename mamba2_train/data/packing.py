@@ -38,8 +38,20 @@ MIN_PIECE = 8  # tokens; a shorter piece costs more predictions than the room is
 Batch = dict[str, Tensor]
 
 
-def arrange(documents: Documents, seq_len: int, packing: str) -> "RowDataset":
-    """`documents`, none of which need fit `seq_len` when `wrapped`, as rows of that length."""
+def arrange(documents: Documents, seq_len: int, packing: str, together: int = 1) -> "RowDataset":
+    """`documents`, none of which need fit `seq_len` when `wrapped`, as rows of that length.
+
+    Args:
+        together: so many that follow each other share a row, side by side, and fit it: 2 of a
+            preference pair, so that documents 2k and 2k + 1 of every row are a pair. For bfd and
+            none.
+    """
+    if together > 1:
+        assert packing in ("bfd", "none"), packing
+        units = documents.lengths.reshape(-1, together).sum(1)
+        rows = pack(units, seq_len) if packing == "bfd" else [[i] for i in range(len(units))]
+        members = [[u * together + i for u in row for i in range(together)] for row in rows]
+        return RowDataset(documents, members, together)
     if packing == "wrapped":
         return _wrapped(documents, seq_len)
     if packing == "none":
@@ -80,9 +92,10 @@ def pack(lengths: Sequence[int] | NDArray[np.int64], seq_len: int) -> list[list[
 class RowDataset(torch.utils.data.Dataset[Batch]):
     """Row i as `input_ids`, `labels`, `seq_idx` of its own length; row -1 has length 0."""
 
-    def __init__(self, documents: Documents, rows: list[list[int]]) -> None:
+    def __init__(self, documents: Documents, rows: list[list[int]], together: int = 1) -> None:
         self.documents = documents
         self.rows = rows
+        self.together = together
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -95,8 +108,8 @@ class RowDataset(torch.utils.data.Dataset[Batch]):
 
     @property
     def counts(self) -> dict[str, int | float]:
-        """Of the documents, and how many rows they make."""
-        per_row = round(len(self.documents) / len(self), 2)
+        """Of the documents (or pairs), and how many rows they make."""
+        per_row = round(len(self.documents) / self.together / len(self), 2)
         return {**self.documents.counts, "rows": len(self), "documents_per_row": per_row}
 
     def fingerprint(self) -> str:

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from mamba2_train.data.config import DataConfig
-from mamba2_train.data.encoding import Encoded, encode
+from mamba2_train.data.encoding import Encoded, encode, encode_pairs
 from mamba2_train.data.formats import detect, learned_column
 from mamba2_train.data.sources import Row
 from mamba2_train.errors import UserError
@@ -28,7 +29,8 @@ def preview(rows: Iterable[Row], tokenizer: Any, config: DataConfig, console: Co
     """
     first = list(islice(rows, FIRST_ROWS))
     config = detect(first, config)
-    examples = list(islice(_examples(first, tokenizer, config), config.preview))
+    n = config.preview * config.together
+    examples = list(islice(_examples(first, tokenizer, config), n))
     if not examples:
         raise UserError(
             f"{first[0].file}: none of its first {len(first)} rows leaves anything to learn under "
@@ -37,14 +39,14 @@ def preview(rows: Iterable[Row], tokenizer: Any, config: DataConfig, console: Co
         )
     how = "green" if console.color_system else "between ⟦ and ⟧"
     console.print(f"format {config.format}; what is learned ({config.loss_on}) is {how}")
-    for row, example in examples:
+    for title, example in examples:
         n_tokens, n_learned = len(example.tokens), int(example.learned.sum())
         long = ""
         if n_tokens > config.seq_len:
             long = f", shown up to data.seq_len={config.seq_len} (long_documents: "
             long += f"{config.long_documents})"
         counts = f"  {n_tokens:,} tokens, {n_learned:,} learned ({n_learned / n_tokens:.0%}){long}"
-        console.print(Text.assemble("\n", (row.place, "bold"), counts), soft_wrap=True)
+        console.print(Text.assemble("\n", (title, "bold"), counts), soft_wrap=True)
         tokens, learned = example.tokens[: config.seq_len], example.learned[: config.seq_len]
         text = render(tokens, learned, tokenizer, colour=console.color_system is not None)
         console.print(text, soft_wrap=True)
@@ -66,11 +68,23 @@ def render(tokens: Any, learned: Any, tokenizer: Any, *, colour: bool) -> Text:
     return text
 
 
-def _examples(rows: list[Row], tokenizer: Any, config: DataConfig) -> Iterator[tuple[Row, Encoded]]:
+def _examples(rows: list[Row], tokenizer: Any, config: DataConfig) -> Iterator[tuple[str, Encoded]]:
     for at in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[at : at + ROWS_AT_ONCE]
+        if config.loss_on == "pairs":
+            yield from _pairs(some, tokenizer, config)
+            continue
         for row, example in zip(some, encode(some, tokenizer, config), strict=True):
             learned = example.learned.copy()
             learned[:1] = False  # nothing before a document's first token predicts it
             if learned.any():
-                yield row, example._replace(learned=learned)
+                yield row.place, example._replace(learned=learned)
+
+
+def _pairs(rows: list[Row], tokenizer: Any, config: DataConfig) -> Iterator[tuple[str, Encoded]]:
+    for row, pair in zip(rows, encode_pairs(rows, tokenizer, config), strict=True):
+        for side in ("chosen", "rejected"):
+            tokens = np.concatenate([pair.prompt, getattr(pair, side)])
+            if len(tokens):
+                learned = np.arange(len(tokens)) >= max(1, len(pair.prompt))
+                yield f"{row.place}, {side}", Encoded(tokens, learned)

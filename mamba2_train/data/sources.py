@@ -26,7 +26,7 @@ from mamba2_train.data.files import (
 )
 from mamba2_train.errors import UserError, nearest
 
-EMBEDDED = {"embedded:quotes": FOLDER / "quotes.jsonl"}
+EMBEDDED = {f"embedded:{name}": FOLDER / f"{name}.jsonl" for name in ("quotes", "preferences")}
 TRAIN = ("train", "training")
 HELD_OUT = ("validation", "valid", "val", "dev", "test", "eval")  # the first one there is used
 SPLIT_NAME = re.compile(rf"({'|'.join(TRAIN + HELD_OUT)})(?![a-z])", re.IGNORECASE)

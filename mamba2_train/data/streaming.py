@@ -77,7 +77,8 @@ class BlockDataset(torch.utils.data.Dataset[list[Batch]]):
         documents = documents_of(self.mixture.block(index), self.tokenizer, faults)
         if n := documents.counts["skipped"]:
             logger.warning("skipped %d rows of block %d; the first: %s", n, index, faults[0])
-        packed = arrange(documents, self.config.seq_len, self.config.packing)
+        config = self.config
+        packed = arrange(documents, config.seq_len, config.packing, config.together)
         order = np.arange(len(packed))
         if self.config.shuffle:  # packing sorts by length
             order = np.random.default_rng([self.seed, index]).permutation(len(packed))

@@ -402,8 +402,8 @@ def test_pairs_need_their_objective_and_the_cure_for_fine_tuning_works(chatty, v
     with pytest.raises(UserError) as caught:
         encoded(tokenizer, values)
     assert str(caught.value) == (
-        "rows.jsonl holds preference pairs, and this run learns one answer to each prompt: to "
-        f"train on `chosen` alone, set data.{cure}"
+        "rows.jsonl holds preference pairs, and this run learns one answer to each prompt: set "
+        f"objective=dpo to learn which is preferred, or, to train on `chosen` alone, data.{cure}"
     )
     setting, column = cure.split("=")
     assert encoded(tokenizer, values, **{setting: column}).learned.any()
