@@ -1,6 +1,6 @@
 """Our side: `mamba2-train` itself, with one callback that stops it after each step.
 
-    python -m mamba2_train.benchmarks.ours '{"workload": {...}, "weights": FOLDER, "rows": FILE}'
+python -m mamba2_train.benchmarks.ours '{"workload": {...}, "weights": FOLDER, "rows": FILE}'
 """
 
 import json
@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from mamba2_train.benchmarks.side import Steps
-from mamba2_train.benchmarks.workloads import QUOTES_COMPARED, Workload
+from mamba2_train.benchmarks.workloads import QUOTES_COMPARED, Workload, read
 from mamba2_train.commands import train
 from mamba2_train.model import Mamba2LM
 
@@ -48,7 +48,7 @@ class AfterEachStep(Callback):
 @torch.no_grad()
 def _loss_of(model: Mamba2LM, quotes: Path) -> float:
     """Of the first quotes, packed into one row as training packs them."""
-    documents = [json.loads(line)["input_ids"] for line in quotes.open()][:QUOTES_COMPARED]
+    documents = read(quotes)[:QUOTES_COMPARED]
     ids = torch.tensor([[token for document in documents for token in document]])
     index = [[i for i, document in enumerate(documents) for _ in document]]
     return float(model(ids, labels=ids, seq_idx=torch.tensor(index, dtype=torch.int32)).loss)

@@ -8,7 +8,6 @@ peft's guard on `out_proj` is lifted: on a CPU transformers calls the module, so
 import json
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import peft.tuners.tuners_utils
@@ -20,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from mamba2_train.assets import resolve
 from mamba2_train.benchmarks.side import Steps
-from mamba2_train.benchmarks.workloads import QUOTES_COMPARED, Workload
+from mamba2_train.benchmarks.workloads import QUOTES_COMPARED, Workload, read
 
 
 class AfterEachStep(TrainerCallback):
@@ -106,7 +105,7 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     w = Workload(**request["workload"])
     steps = Steps()
-    rows = [json.loads(line)["input_ids"] for line in Path(request["rows"]).open()]
+    rows = read(request["rows"])
     model = load(w, request["weights"], request.get("adapter"))
     after = AfterEachStep(steps, model)
     if w.rows == "quotes":

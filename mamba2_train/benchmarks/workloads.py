@@ -1,6 +1,8 @@
 """What is measured: a model, how it is trained, on which rows."""
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 QUOTES_COMPARED = 24  # whose loss is compared where the batches of the two sides differ
@@ -70,9 +72,7 @@ WORKLOADS = {
         _bf16(LORA_LONG),
         FULL,
         _bf16(FULL),
-        Workload(
-            "qlora-130m", "QLoRA nf4, 130M, 2 x 512", precision="nf4", tolerance=2e-2
-        ),
+        Workload("qlora-130m", "QLoRA nf4, 130M, 2 x 512", precision="nf4", tolerance=2e-2),
         Workload(
             "quotes-130m",
             "LoRA on quotes, 130M: packed, TRL's defaults",
@@ -84,3 +84,9 @@ WORKLOADS = {
         ),
     )
 }
+
+
+def read(rows: str | Path) -> list[list[int]]:
+    """Token ids of each row."""
+    with Path(rows).open() as lines:
+        return [json.loads(line)["input_ids"] for line in lines]
