@@ -37,7 +37,9 @@ class Workload:
 BF16 = {"precision": "bf16-mixed", "tolerance": 2e-2}
 LORA_TINY = Workload("lora-tiny-512", "LoRA recipe, tiny, 2 x 512", "tiny", steps=10)
 LORA = Workload("lora-130m-512", "LoRA recipe, 130M, 2 x 512")
-FULL = Workload("full-130m", "full, 130M, 1 x 512", trained="full", batch_size=1)
+FULL = Workload(
+    "full-130m", "full, 130M, 1 x 1,024", trained="full", seq_len=1024, batch_size=1, steps=2
+)
 
 
 def _long(w: Workload, **changes: object) -> Workload:
