@@ -22,8 +22,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## our ops beside transformers'; what kernels move, need, checkpointing holds
-	$(BIN)/python -m mamba2_kernels.benchmark --count
+bench: $(VENV)/.bench  ## training beside TRL: BENCHMARKS.md; what kernels move, checkpointing holds
+	$(BIN)/python -m mamba2_train.benchmarks out=.
+	$(BIN)/python -m mamba2_kernels.benchmark --count --repeats 3
 	$(BIN)/python -m mamba2_kernels.compile_report
 	$(BIN)/python -m mamba2_train.benchmark
 
@@ -39,6 +40,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.installed
 	$(INSTALL) -e '.[dev]'
 	$(INSTALL) --no-deps mistral-common  # 6.6 MB, for the model file of Mistral's tokenizer alone
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(INSTALL) -e '.[bench]'
 	touch $@
 
 clean:

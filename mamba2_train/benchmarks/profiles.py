@@ -68,7 +68,7 @@ def _model(side: str, w: Workload, request: dict[str, Any]) -> torch.nn.Module:
     from mamba2_train.adapters import load_adapter
     from mamba2_train.checkpoint import load_pretrained
 
-    ours = load_pretrained(request["weights"])
+    ours = load_pretrained(request["weights"], dtype=torch.float32)
     if "adapter" in request:
         load_adapter(ours, Path(request["adapter"]), trainable=True)
     return ours.train()
