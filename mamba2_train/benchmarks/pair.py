@@ -5,6 +5,7 @@ that of the other has ended.
 """
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -57,11 +58,12 @@ class Result:
 
     @property
     def difference(self) -> float:
-        """Largest difference of the losses."""
+        """Largest difference of the losses; nan if one is."""
         if self.ours.quotes is not None and self.peer.quotes is not None:
             return abs(self.ours.quotes - self.peer.quotes)
         pairs = zip(self.ours.losses, self.peer.losses, strict=True)
-        return max(abs(a - b) for a, b in pairs)
+        differences = [abs(a - b) for a, b in pairs]
+        return math.nan if any(map(math.isnan, differences)) else max(differences)
 
     def check(self) -> None:
         """A side that computes something else is not faster at the same thing."""

@@ -143,13 +143,13 @@ def _startup(s: dict[str, Any]) -> list[str]:
     lines = ["## Start-up", ""]
     if "failure" in s:
         return [*lines, s["failure"], ""]
+    ratio = s["slowest"] / s["median"]
     return [
         *lines,
         f"`mamba2-train` on the embedded base: {s['first']:.1f} s from the start of the process to "
-        f"the end of its first step ({s['first_cpu']:.1f} s of CPU), the base's evaluation and samples "
-        f"included. Of the "
-        f"{s['steps']} steps that follow the slowest takes {s['slowest'] / s['median']:.2f} times "
-        f"the median, {s['median']:.3f} s.",
+        f"the end of its first step ({s['first_cpu']:.1f} s of CPU), the base's evaluation and "
+        f"samples included. Of the {s['steps']} steps that follow the slowest takes {ratio:.2f} "
+        f"times the median, {s['median']:.3f} s.",
         "",
     ]
 
