@@ -67,13 +67,14 @@ def _settings(words: list[str]) -> dict[str, str]:
 
 def _measure(chosen: dict[str, str], folder: Path, quick: bool) -> int:
     names = chosen["workload"].split(",")
+    load = os.getloadavg()[0]
     results: list[pair.Result] = []
     n_layers = 2 if quick else None
     for w in (_quick(WORKLOADS[n]) if quick else WORKLOADS[n] for n in names if n in WORKLOADS):
         made = prepare(folder, w, n_layers)
         results.append(pair.run(w, made, folder, 1 if quick else int(chosen["repetitions"])))
         print("\n".join(report.table(results)[-1 if len(results) > 1 else 0 :]), flush=True)
-    others: dict[str, Any] = {}
+    others: dict[str, Any] = {"machine": {"jobs that ran before (load average)": f"{load:.1f}"}}
     for name, found in _others(names, folder, quick):
         others[name] = found
         print(f"{name}: {found}", flush=True)

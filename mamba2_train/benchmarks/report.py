@@ -78,13 +78,15 @@ def _rate(median: float, spread: tuple[float, float]) -> str:
 def write(out: Path, results: list[Result], others: dict[str, Any]) -> None:
     """
     Args:
-        others: what `profiles`, `lengths`, `startup` and `scan` have measured, by their names.
+        others: what `profiles`, `lengths`, `startup` and `scan` have measured, by their names;
+            and what is to be known of the `machine`.
     """
     folder = out / PLOTS
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"machine": machine(), "workloads": [as_json(r) for r in results], **others}
+    about = machine() | others.pop("machine", {})
+    found = {"machine": about, "workloads": [as_json(r) for r in results], **others}
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-    lines = [INTRODUCTION, *(f"- {k}: {v}" for k, v in machine().items()), "", *table(results)]
+    lines = [INTRODUCTION, *(f"- {k}: {v}" for k, v in about.items()), "", *table(results)]
     lines += ["", READING]
     good = [r for r in results if r.failure is None]
     if good:
