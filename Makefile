@@ -22,8 +22,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## our ops beside transformers'; what kernels move, need, checkpointing holds
-	$(BIN)/python -m mamba2_kernels.benchmark --count
+bench: $(VENV)/.bench  ## training beside TRL: BENCHMARKS.md; what kernels move, checkpointing holds
+	$(BIN)/python -m mamba2_train.benchmarks out=.
+	$(BIN)/python -m mamba2_kernels.benchmark --count --repeats 3
 	$(BIN)/python -m mamba2_kernels.compile_report
 	$(BIN)/python -m mamba2_train.benchmark
 
@@ -46,6 +47,10 @@ $(VENV)/.dev: $(VENV)/.installed
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(INSTALL) -e '.[docs]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(INSTALL) -e '.[bench]'
 	touch $@
 
 clean:

@@ -53,20 +53,29 @@ def validate_every(trainer: L.Trainer, every: int | float) -> None:
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar, without the run's version and with short numbers."""
+    """Lightning's bar, without the run's version and with short numbers.
+
+    They are those of the steps that are logged. Lightning's way, `log(prog_bar=True)`, reads each
+    of them from the device at every step, with a bar or without: the host would wait for the
+    step's end before it prepares the next one.
+    """
 
     def __init__(self) -> None:
         super().__init__(leave=False)
+        self.numbers: dict[str, Any] = {}
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+        if self.numbers and trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return self.numbers
         shown = {
             "train/loss": "{:.2f}",
             "val/perplexity": "ppl {:.1f}",
             "perf/tokens_per_sec": "{:,.0f} tok/s",
         }
-        metrics = super().get_metrics(trainer, module)
-        texts = [text.format(metrics[key]) for key, text in shown.items() if key in metrics]
-        return {"loss": ", ".join(texts)} if "train/loss" in metrics else {}
+        metrics = trainer.callback_metrics
+        texts = [text.format(float(metrics[key])) for key, text in shown.items() if key in metrics]
+        self.numbers = {"loss": ", ".join(texts)} if "train/loss" in metrics else {}
+        return self.numbers
 
 
 class Throughput(Callback):
@@ -137,7 +146,7 @@ class Throughput(Callback):
         if self.peak_flops:
             reached = metrics["perf/tokens_per_sec"] * self.flops_per_token
             metrics["perf/mfu"] = reached / (self.peak_flops * trainer.world_size)
-        module.log_dict(metrics, prog_bar=True)
+        module.log_dict(metrics)
         self.tokens = torch.zeros_like(self.tokens)
         self.slots, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
         self._start(trainer)

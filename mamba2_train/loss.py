@@ -54,10 +54,14 @@ def cross_entropy(
         labels: (b, t) int64, aligned with `hidden`; -100 is ignored.
         per_token: return them one by one instead, (b, t), 0 where the label is ignored.
     """
-    counted = labels != IGNORED
+    targets = labels.flatten()
+    counted = (targets != IGNORED).nonzero().squeeze(1)  # a GPU's host waits here, once
+    rows = hidden.flatten(0, 1).index_select(0, counted)
     reduction = "none" if per_token else "sum"
-    loss = cross_entropy_of_rows(hidden[counted], head, labels[counted], reduction)
-    return loss.new_zeros(labels.shape).masked_scatter(counted, loss) if per_token else loss
+    loss = cross_entropy_of_rows(rows, head, targets[counted], reduction)
+    if not per_token:
+        return loss
+    return loss.new_zeros(targets.shape).index_copy(0, counted, loss).view(labels.shape)
 
 
 def cross_entropy_of_rows(

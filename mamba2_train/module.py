@@ -170,8 +170,7 @@ class Mamba2Module(L.LightningModule):
                 "train/loss": loss.float(),
                 "train/grad_norm": norm,
                 "train/lr": optimizer.param_groups[0]["lr"],
-            },
-            prog_bar=True,
+            }
         )
 
     def configure_gradient_clipping(
@@ -201,8 +200,8 @@ class Mamba2Module(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.carried_in_validation = None
         loss, _ = self.validation.reduced(self)
-        self.log("val/loss", loss.float(), prog_bar=True)
-        self.log("val/perplexity", loss.exp().float(), prog_bar=True)
+        self.log("val/loss", loss.float())
+        self.log("val/perplexity", loss.exp().float())
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.optimizer_config, self.lora_plus_ratio)

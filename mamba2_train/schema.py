@@ -5,6 +5,7 @@ key or a wrong type costs a second and not a queue. Each field's meaning stands 
 description; `configs/` holds the defaults.
 """
 
+import logging
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -20,14 +21,18 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from mamba2_train.data.config import DataConfig
 from mamba2_train.errors import UserError, nearest
+from mamba2_train.hardware import products_in_bfloat16
 from mamba2_train.model import PRESETS, checkpointing_interval
 from mamba2_train.quantization import Quantization, bitsandbytes
+
+logger = logging.getLogger(__name__)
 
 LORA_TARGETS = ("in_proj", "out_proj", "embeddings", "lm_head")
 NOT_FOR_LORA = ("conv1d", "dt_bias", "A_log", "D", "norm")
@@ -326,10 +331,11 @@ class StrategyConfig(Group):
 
 class PrecisionConfig(Group):
     """dtype of the weights as loaded, and of the products. A_log, D, dt_bias, the scan's state, the
-    statistics of norms and LoRA's weights are always float32."""
+    statistics of norms and LoRA's weights are always float32. "auto" becomes bfloat16 where the
+    hardware multiplies in it, null elsewhere."""
 
     weights: Literal["float32", "bfloat16"] = Field(description="as they are loaded")
-    autocast: Literal["bfloat16"] | None = Field(
+    autocast: Literal["bfloat16", "auto"] | None = Field(
         description="dtype of products; null: the weights'"
     )
 
@@ -515,6 +521,17 @@ class TrainConfig(Group):
         if objective.get("kind") == "dpo" and data.get("loss_on") is None:
             return values | {"data": data | {"loss_on": "pairs"}}
         return values
+
+    @field_validator("precision")
+    @classmethod
+    def _found_precision(cls, precision: PrecisionConfig, info: ValidationInfo) -> PrecisionConfig:
+        """What is kept of `auto`, and resumed with, is what it has become."""
+        if precision.autocast != "auto" or "strategy" not in info.data:
+            return precision
+        fast, why = products_in_bfloat16(info.data["strategy"].accelerator)
+        kind = "bf16-mixed" if fast else "fp32"
+        logger.info("precision=auto takes %s: %s", kind, why)
+        return precision.model_copy(update={"autocast": "bfloat16" if fast else None})
 
     @model_validator(mode="after")
     def _across_groups(self) -> "TrainConfig":

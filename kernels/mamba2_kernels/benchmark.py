@@ -62,8 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", action="store_true", help="also count what the kernels move")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    peer = _transformers_scan()
-    print(f"{_machine()}, {options.threads} threads, float32, torch {torch.__version__}")
+    peer = transformers_scan()
+    print(f"{machine()}, {options.threads} threads, float32, torch {torch.__version__}")
     print("the torch path beside transformers' mamba2_chunk_scan; median milliseconds")
     print(f"{'shape':10}{'pass':10}{'ours':>9}{'packed':>9}{'theirs':>9}{'speed-up':>10}")
     failed = False
@@ -137,7 +137,7 @@ def measure(
     }
 
 
-def _transformers_scan() -> Callable[..., Tensor] | None:
+def transformers_scan() -> Callable[..., Tensor] | None:
     try:
         from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
     except ImportError:
@@ -150,7 +150,7 @@ def _transformers_scan() -> Callable[..., Tensor] | None:
     return scan
 
 
-def _machine() -> str:
+def machine() -> str:
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:
