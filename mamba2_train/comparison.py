@@ -20,14 +20,14 @@ import yaml
 
 from mamba2_train.errors import UserError
 from mamba2_train.report_parts import (
-    DASHES,
     PLOTS,
-    RUNS,
     Curve,
     Plot,
     Series,
     draw,
     is_number,
+    legend,
+    line_style,
     mapping,
     needs_log,
     percent_change,
@@ -61,7 +61,7 @@ def compare(runs: Sequence[Path], out: Path) -> Path:
     found = [_read_run(run, label, folder) for run, label in zip(runs, _labels(runs), strict=True)]
     best = min((r["best"] for r in found if r["best"] is not None), default=None)
     for i, one in enumerate(found):
-        one |= {"index": i, "color": i % len(RUNS), "dash": _svg_dash(i)}
+        one |= {"index": i, **legend(i)}
         one["is_best"] = len(found) > 1 and one["best"] is not None and one["best"] == best
     page = template("compare.html.jinja").render(
         runs=found,
@@ -69,7 +69,6 @@ def compare(runs: Sequence[Path], out: Path) -> Path:
         figures=[figure for plot in PLOTS if (figure := _figure(plot, found)) is not None],
         settings=_differences(found),
         samples=_side_by_side(found),
-        n_colors=len(RUNS),
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -235,11 +234,6 @@ def _link(path: Path, page_folder: Path) -> str:
     return quote(os.path.relpath(path.resolve(), page_folder))
 
 
-def _svg_dash(index: int) -> str:
-    dash = DASHES[(index + index // len(RUNS)) % len(DASHES)]
-    return "" if dash == "-" else " ".join(f"{2 * length:g}" for length in dash[1])
-
-
 def _differences(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Settings in which the runs differ, as a table whose longer side goes down."""
     known = [run for run in runs if run["config"]]
@@ -293,9 +287,7 @@ def _figure(plot: Plot, runs: list[dict[str, Any]]) -> dict[str, Any] | None:
             continue
         x, y = (np.array(numbers) for numbers in zip(*points, strict=True))
         last_step = max(last_step, float(x[-1]))
-        i = run["index"]
-        style = {"color": RUNS[run["color"]], "linewidth": 1.8, "gid": f"run-{i}"}
-        style["linestyle"] = DASHES[(i + i // len(RUNS)) % len(DASHES)]
+        style = line_style(run["index"]) | {"gid": f"run-{run['index']}"}
         if len(y) == 1:
             style["marker"] = "o"
         half = len(y) // 50 if plot.smoothed else 0

@@ -7,6 +7,7 @@ Equal inputs give equal bytes. `compare` makes one page of several runs.
 """
 
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from mamba2_train.report_parts import (
     Series,
     draw,
     is_number,
+    legend,
+    line_style,
     mapping,
     needs_log,
     percent_change,
@@ -39,6 +42,16 @@ from mamba2_train.report_parts import (
 )
 
 __all__ = ["compare", "write_report"]
+
+
+# title, and which columns it draws: the group in its expression is what a curve is called
+FAMILIES = (
+    ("Gradient norms by kind", r"grad_norm/(.+)"),
+    ("Adapters over weights, ||alpha / r B A|| / ||W||", r"lora_share/(.+)"),
+    ("Median decay by layer, exp(dt A)", r"decay/(layer_\d+)_p50"),
+    ("Median dt by layer", r"dt/(layer_\d+)_p50"),
+)
+MOST_CURVES = 8  # of layers, evenly spread
 
 
 def write_report(run_dir: Path) -> Path:
@@ -80,6 +93,11 @@ def write_report(run_dir: Path) -> Path:
             for plot in PLOTS
             if plot.column in metrics
         ],
+        health=[
+            figure
+            for title, columns in FAMILIES
+            if (figure := _family(title, columns, metrics, steps[-1] if steps else 0)) is not None
+        ],
         missing=[
             plot.title[0].lower() + plot.title[1:] for plot in PLOTS if plot.column not in metrics
         ],
@@ -106,6 +124,38 @@ def _files(run_dir: Path, outputs: dict[str, Any]) -> list[tuple[str, str, str]]
         inside = not Path(str(path)).is_absolute() and (run_dir / str(path)).exists()
         rows.append((label, str(path), f"./{quote(str(path))}" if inside else ""))
     return rows
+
+
+def _family(
+    title: str, expression: str, metrics: dict[str, Series], last_step: float
+) -> dict[str, Any] | None:
+    """Several columns in one figure; None if there is none of them."""
+    found = []
+    for column, series in metrics.items():
+        match = re.fullmatch(expression, column)
+        points = [(x, y) for x, y in series.items() if math.isfinite(y)]
+        if match and points:
+            found.append((match[1].replace("layer_", "layer "), points))
+    found.sort(key=lambda curve: curve[0])
+    if not found:
+        return None
+    if r"\d" in expression and len(found) > MOST_CURVES:
+        kept = np.linspace(0, len(found) - 1, MOST_CURVES).round().astype(int)
+        title += f": {MOST_CURVES} of {len(found)}"
+        found = [found[i] for i in kept]
+    curves: list[Curve] = []
+    for i, (_, points) in enumerate(found):
+        x, y = (np.array(numbers) for numbers in zip(*points, strict=True))
+        marker = {"marker": "o", "markersize": 4} if len(y) <= 25 else {}
+        curves.append((*thinned(x, y), line_style(i) | marker))
+    plot = Plot(expression, title)
+    lasts = "; ".join(f"{label} {value(float(p[-1][1]))}" for label, p in found)
+    return {
+        "title": title,
+        "legend": [(label, legend(i)) for i, (label, _) in enumerate(found)],
+        "description": f"{title}, by step; last of each: {lasts}",
+        "svg": draw(plot, curves, np.array([]), last_step, needs_log(plot, curves)),
+    }
 
 
 def _figure(plot: Plot, series: Series, last_step: float, base: Any) -> dict[str, Any]:

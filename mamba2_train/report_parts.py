@@ -182,6 +182,19 @@ def running_median(x: np.ndarray, y: np.ndarray, half: int) -> tuple[np.ndarray,
     return x[centres], np.array([np.median(y[max(0, c - half) : c + half + 1]) for c in centres])
 
 
+def line_style(index: int) -> dict[str, Any]:
+    """How the curve number `index` of several is drawn: no two of the first 32 alike."""
+    dash = DASHES[(index + index // len(RUNS)) % len(DASHES)]
+    return {"color": RUNS[index % len(RUNS)], "linestyle": dash, "linewidth": 1.8}
+
+
+def legend(index: int) -> dict[str, Any]:
+    """`color` and `dash` of that curve, for the template's macro `line`."""
+    dash = line_style(index)["linestyle"]
+    shown = "" if dash == "-" else " ".join(f"{2 * length:g}" for length in dash[1])
+    return {"color": index % len(RUNS), "dash": shown}
+
+
 def needs_log(plot: Plot, curves: list[Curve]) -> bool:
     drawn = np.concatenate([y for _, y, _ in curves])
     low, high = float(drawn.min()), float(drawn.max())

@@ -396,6 +396,23 @@ def test_a_long_run_stays_a_small_page_and_keeps_its_spike(run: Path) -> None:
     assert max(-y for _, y in smoothed) <= ordinary
 
 
+def test_what_was_watched_is_drawn_by_kind_and_layer(run: Path) -> None:
+    """Of twenty layers eight, evenly spread, each with a name beside its line."""
+    layers = [f"decay/layer_{i:02}_p50" for i in range(20)]
+    norms = ["grad_norm/in_proj_lora_A", "grad_norm/conv1d"]
+    watched = {column: 0.5 + 0.01 * i for i, column in enumerate([*layers, *norms])}
+    rows = [*readings(), *({"step": s, **watched} for s in (40, 80))]
+    write_csv(run, rows, [*COLUMNS, *layers, *norms, "decay/layer_00_p05"])
+    page = Page(write_report(run))
+    titles = ["Gradient norms by kind", "Median decay by layer, exp(dt A): 8 of 20"]
+    assert page.plots() == [*TITLES, *titles]
+    named = [text for text in page.texts["span"] if text.startswith(("layer", "in_proj", "conv1d"))]
+    kept = [0, 3, 5, 8, 11, 14, 16, 19]
+    assert named == ["conv1d", "in_proj_lora_A", *(f"layer {i:02}" for i in kept)]
+    section = page.source.split("Median decay by layer")[1].split("</figure>")[0]
+    assert [f"var(--run-{i})" in section for i in range(9)] == [True] * 8 + [False]
+
+
 def test_the_first_of_two_validations_at_a_step_counts(run: Path) -> None:
     (run / "result.json").unlink()
     best = {"step": N_STEPS, "val/loss": 1.0, "val/perplexity": math.e}
