@@ -82,12 +82,12 @@ def split(folder, request):
 @pytest.fixture(scope="module")
 def split_four(folder):
     """Two ranks to a row, twice; and once, with two that share the heads."""
-    results(folder, "2x1x2", *SPLIT, "1x2x2", *SPLIT)
+    results(folder, "2x1x2", *SPLIT, "1x2x2", *SPLIT, timeout=480)
 
 
-def results(folder, sizes, *cases):
+def results(folder, sizes, *cases, timeout=240):
     n_ranks = math.prod(map(int, sizes.split("x")))
-    launch(n_ranks, [HERE / "sharded_steps.py"], folder, sizes, *cases)
+    launch(n_ranks, [HERE / "sharded_steps.py"], folder, sizes, *cases, timeout=timeout)
     files = {case: folder / f"{sizes}-{case}.pt" for case in cases if not case[0].isdigit()}
     return {c: torch.load(f if f.exists() else folder / f"{c}.pt") for c, f in files.items()}
 
