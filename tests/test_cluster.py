@@ -117,8 +117,8 @@ def test_states_of_a_row_cut_over_ranks():
     found = list(over_context(SHAPE, 4, n_sequences=2, activation=torch.bfloat16))
     state = 2 * 16 * (32 * 64 + 1) * 4
     halo = 2 * 3 * (512 + 2 * 64) * 2
-    sizes = [("context", 4 * state, "forward"), ("halo", halo, "forward")]
-    sizes += [("context", 4 * state, "backward"), ("halo", halo, "backward")]
+    sizes = [("context", 4 * state, "forward"), ("halo", 2 * halo, "forward")]
+    sizes += [("context", 4 * state, "backward"), ("halo", 2 * halo, "backward")]
     assert [(c.over, c.nbytes, c.when) for c in found] == sizes
     assert not list(over_context(SHAPE, 1, n_sequences=2, activation=torch.bfloat16))
 
@@ -174,7 +174,8 @@ def test_more_gpus_are_faster_and_more_of_the_same_are_not_slower_each():
         if before is not None:
             assert e.seconds >= before.seconds * 0.99  # the update is shared by more
             assert e.tokens_per_second > before.tokens_per_second
-            assert e.spent["blocks"] == pytest.approx(before.spent["blocks"], rel=0.01)
+            # but for rows that fill up the shards of small matrices, and are copied too
+            assert before.spent["blocks"] <= e.spent["blocks"] <= 1.2 * before.spent["blocks"]
         before = e
 
 
@@ -207,8 +208,8 @@ def test_bad_input(cluster, overrides, message):
 
 
 def test_what_fits_nowhere_or_has_no_rows():
-    with pytest.raises(UserError, match="a multiple of 4096"):
-        simulator(gpus=8, tokens=3 * 512).best()
+    with pytest.raises(UserError, match="a multiple of 32768"):
+        simulator(gpus=64, tokens=512).best()
     s = simulator(gpus=2, node=2)
     s.cluster = s.cluster.__class__(
         **{**s.cluster.__dict__, "gpu": GPUS["4090"]._replace(memory=0.1)}

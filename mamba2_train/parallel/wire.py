@@ -188,10 +188,10 @@ def over_context(
     c = config
     state = n_sequences * c.n_heads * (c.headdim * c.d_state + 1) * FLOAT32
     halo = n_sequences * (c.d_conv - 1) * c.d_conv_channels * activation.itemsize
-    for when in ("forward", "backward"):
-        yield Collective("gather", "context", n * state, when)  # type: ignore[arg-type]
-        # one neighbour's: as if two shared it
-        yield Collective("gather", "halo", halo, when)  # type: ignore[arg-type]
+    directions: tuple[When, ...] = ("forward", "backward")
+    for when in directions:
+        yield Collective("gather", "context", n * state, when)
+        yield Collective("gather", "halo", 2 * halo, when)  # as if two neighbours gathered theirs
 
 
 def _base(layer: Any) -> Any:
