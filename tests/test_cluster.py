@@ -1,6 +1,7 @@
 """Step time on clusters: bytes against what processes call, the arithmetic of links by hand, and
 layouts that fit and can be typed."""
 
+import functools
 import json
 import logging
 import os
@@ -92,9 +93,14 @@ def split(model, n):
         dist.destroy_process_group()
 
 
-def simulator(*overrides, context=None, shape=SHAPE, **cluster):
-    plan = planned_run([*RUN, *overrides], shape)
-    return Simulator(plan, ClusterConfig(**cluster), context=context)
+@functools.cache
+def planned(*overrides):
+    """One for all tests: what it has counted, it keeps."""
+    return planned_run([*RUN, *overrides], SHAPE)
+
+
+def simulator(*overrides, context=None, **cluster):
+    return Simulator(planned(*overrides), ClusterConfig(**cluster), context=context)
 
 
 def test_links_by_hand():
@@ -168,7 +174,7 @@ def test_more_gpus_are_faster_and_more_of_the_same_are_not_slower_each():
     """At the same rows to a GPU: compute is the same, only what is sent grows; so a step takes no
     less time, and twice the GPUs do at least as many tokens as before."""
     before = None
-    for gpus in (8, 16, 64, 1024):
+    for gpus in (8, 64, 1024):
         s = simulator(gpus=gpus)
         e = s.estimate(Layout("fsdp", gpus, 1, 1, "none", 1, 1))
         if before is not None:
