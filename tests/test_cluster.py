@@ -140,17 +140,17 @@ def test_the_layout_taken_fits_and_can_be_typed():
         assert sum(e.spent.values()) == e.seconds
         assert min(e.spent.values()) >= 0
         assert e.tokens_per_second == pytest.approx(65_536 / e.seconds)
-        # what plan says of the flags as they are typed
-        typed = [f"{key}={value}" for key, value in layout.flags.items()]
-        plan = planned_run([*RUN, *typed], SHAPE)
-        plan.tensor = layout.tensor
-        assert plan.memory(layout.strategy, 8) == e.memory
         if layout.strategy.startswith("fsdp"):
             asked = {
                 k.split(".")[1]: int(v) for k, v in layout.flags.items() if k[:9] == "strategy."
             }
             config = StrategyConfig(kind=layout.strategy, **asked)
             assert mesh_sizes(config, SHAPE, 8, 8) == (layout.data, layout.tensor)
+    # the one to take, typed: what plan says of it
+    taken = found[0].layout
+    plan = planned_run([*RUN, *(f"{k}={v}" for k, v in taken.flags.items())], SHAPE)
+    plan.tensor = taken.tensor
+    assert plan.memory(taken.strategy, 8) == found[0].memory
 
 
 def test_small_gpus_repeat_or_shard_more():
