@@ -183,7 +183,7 @@ class Simulator:
                 if fitting is None:
                     least = min(least or smallest, smallest)
                     continue
-                times.append((self._estimate(fitting, None, quick=True).seconds, fitting))
+                times.append((sum(self._spent(fitting, quick=True).values()), fitting))
                 if fitting.accumulate == 1:
                     break  # the next repeats more, for nothing
             if times:
@@ -281,79 +281,78 @@ class Simulator:
     def _halved(self, layout: Layout) -> Layout:
         return layout._replace(rows=layout.rows // 2, accumulate=layout.accumulate * 2)
 
-    def _estimate(self, layout: Layout, memory: Memory | None, quick: bool = False) -> Estimate:
+    def _estimate(self, layout: Layout, memory: Memory) -> Estimate:
+        spent = self._spent(layout)
+        rate = self.n_tokens / sum(spent.values())
+        precision, gpu = self.plan.config.precision, self.cluster.gpu
+        narrow = "bfloat16" in (precision.weights, precision.autocast)
+        peak = (gpu.bf16 if narrow else gpu.fp32) * self.cluster.gpus
+        share = self.plan.n_trained / self.plan.n_parameters
+        # as perf/mfu has it: what is computed again is no work
+        mfu = rate * flops_per_token(self.plan.shape) * (2 + min(1.0, share)) / peak
+        return Estimate(layout, spent, rate, mfu, memory)
+
+    def _spent(self, layout: Layout, quick: bool = False) -> dict[str, float]:
+        """Seconds of a step by what for; `quick` takes each row of a micro-batch for one alone."""
         cluster, l = self.cluster, layout
-        gpu = cluster.gpu
-        step = self._counted(l, quick)
-        n_layers = self.plan.shape.n_layers
-        # one row counted stands for each where a layout is only compared with others
-        more = l.rows if quick else 1
-        over = {
+        gpu, n, n_layers = cluster.gpu, l.accumulate, self.plan.shape.n_layers
+        step, more = self._counted(l, quick), l.rows if quick else 1
+        sent = self.sent(l) if l.strategy not in WHOLE else Traffic([], [], n_layers, False)
+        narrow = self.plan.config.precision.autocast or self.plan.config.precision.weights
+        of_row = over_context(
+            self.plan.sliced(l.tensor).shape,
+            l.context,
+            n_sequences=l.rows,
+            activation=getattr(torch, narrow),
+        )
+        block = [*sent.block, *of_row]
+        ranks = {  # and how far one is behind another
             "data": (l.data * l.context, l.tensor),
             "context": (l.context, l.tensor),
-            "halo": (2, l.tensor),
+            "halo": (min(2, l.context), l.tensor),
             "tensor": (l.tensor, 1),
         }
 
-        def sum_of(found: list[Collective], which: Callable[[Collective], bool]) -> float:
-            return sum(cluster.seconds(c, *over[c.over]) for c in found if which(c))
+        def waited(found: list[Collective], over: tuple[str, ...], *when: str) -> float:
+            chosen = [c for c in found if c.over in over and c.when in when]
+            return sum(cluster.seconds(c, *ranks[c.over]) for c in chosen)
 
-        sent = self.sent(l) if l.strategy not in WHOLE else Traffic([], [], n_layers, False)
-        # each gathered byte is copied to its place
+        # each gathered byte is read and written once more, into its place
         copied = gpu.hbm * REACHED[STREAMED] / 2
-        computing, waiting, across, exposed = 0.0, 0.0, 0.0, {False: 0.0, True: 0.0}
-        of_context = list(
-            over_context(
-                self.plan.sliced(l.tensor).shape,
-                l.context,
-                n_sequences=l.rows,
-                activation=getattr(torch, self.plan.config.precision.autocast or "float32"),
-            )
-        )
+        computing = waiting = across = first = last = 0.0
         for when in ("forward", "backward"):
             compute = more * step.seconds(gpu, when) / n_layers
-            compute += sum(
-                c.nbytes / copied for c in sent.block if c.kind == "gather" and c.when == when
-            )
-            wait = sum_of(sent.block, lambda c, w=when: c.over == "tensor" and c.when == w)
-            cross = sum_of(of_context, lambda c, w=when: c.when == w)
-            for last in (False, True):
-                kinds = (when, "last") if last and when == "backward" else (when,)
-                gather = sum_of(sent.block, lambda c, k=kinds: c.over == "data" and c.when in k)
-                exposed[last] += max(0.0, gather - compute - wait - cross)
+            compute += sum(c.nbytes for c in block if c.over == "data" and c.when == when) / copied
+            wait = waited(block, ("tensor",), when)
+            cross = waited(block, ("context", "halo"), when)
+            busy = compute + wait + cross
+            gather = waited(block, ("data",), when)
+            scatter = waited(block, ("data",), "last") if when == "backward" else 0.0
+            first += max(0.0, gather - busy)  # of a micro-batch before the last of a step
+            last += max(0.0, gather + scatter - busy)
             computing, waiting, across = computing + compute, waiting + wait, across + cross
         host = max(0.0, step.calls.block * cluster.call - computing - waiting - across)
         outside = sum(
-            more * n * op.achieved(gpu) / (l.tensor if op.part == "head" else 1)
-            for op, n in step.rest.items()
+            more * times * op.achieved(gpu) / (l.tensor if op.part == "head" else 1)
+            for op, times in step.rest.items()
         )
-        n = l.accumulate
-        first = sum_of(sent.block, lambda c: c.when == "forward" and c.over == "data")
-        gathers = sum_of(sent.rest, lambda c: c.when == "rest" and c.over == "data") + first
-        at_end = sum_of(sent.rest, lambda c: c.when in ("last", "end"))
+        # nothing hides the first block's weights, nor those of embeddings and head
+        bare = waited(block, ("data",), "forward") + waited(sent.rest, ("data",), "rest")
+        at_end = waited(sent.rest, ("data",), "last", "end")
         if l.strategy == "ddp":
             gradients = Collective("reduce", "data", _gradient_bytes(self.plan), "end")
             hidden = more * step.seconds(gpu, "backward")  # of the last micro-batch
             at_end = max(0.0, cluster.seconds(gradients, l.data, 1) - hidden)
-        updated = step.seconds(gpu, "update") / (1 if l.strategy in WHOLE else l.data * l.context)
-        spent = {
+        sharing = 1 if l.strategy in WHOLE else l.data * l.context
+        return {
             "blocks": n * n_layers * computing,
             "head": n * outside,
-            "tensor": n * (n_layers * waiting
-                           + sum_of(sent.rest, lambda c: c.when == "rest" and c.over == "tensor")),
+            "tensor": n * (n_layers * waiting + waited(sent.rest, ("tensor",), "rest")),
             "context": n * n_layers * across,
-            "weights": n * gathers + n_layers * ((n - 1) * exposed[False] + exposed[True]) + at_end,
+            "weights": n * bare + n_layers * ((n - 1) * first + last) + at_end,
             "host": n * n_layers * host,
-            "update": updated,
-        }  # fmt: skip
-        total = sum(spent.values())
-        rate = self.n_tokens / total
-        config = self.plan.config
-        narrow = "bfloat16" in (config.precision.weights, config.precision.autocast)
-        peak = (gpu.bf16 if narrow else gpu.fp32) * cluster.gpus
-        share = self.plan.n_trained / self.plan.n_parameters
-        mfu = rate * flops_per_token(self.plan.shape) * (2 + min(1.0, share)) / peak
-        return Estimate(layout, spent, rate, mfu, memory or Memory("", *[0.0] * 6, ""))
+            "update": step.seconds(gpu, "update") / sharing,
+        }
 
     def _counted(self, l: Layout, quick: bool) -> Step:
         rows = 1 if quick else l.rows

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
@@ -119,7 +120,7 @@ def planned_run(overrides: list[str], shape: Mamba2Config) -> Plan:
     """The plan of a run of this shape, with settings as on the command line."""
     extend_hydra()
     with initialize_config_module("mamba2_configs", version_base="1.3"):
-        composed = OmegaConf.to_container(compose("plan", overrides=overrides), resolve=True)
+        composed: Any = OmegaConf.to_container(compose("plan", overrides=overrides), resolve=True)
     return Plan(validated(PlanConfig, composed), shape, adapt)
 
 

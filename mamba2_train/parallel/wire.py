@@ -189,10 +189,11 @@ def over_context(
     states = n_sequences * c.n_heads * c.headdim * c.d_state * FLOAT32
     decays = n_sequences * c.n_heads * FLOAT32
     halo = n_sequences * (c.d_conv - 1) * c.d_conv_channels * activation.itemsize
-    for when, size in (("forward", states + decays), ("backward", states)):
-        yield Collective("gather", "context", n * size, when)  # type: ignore[arg-type]
-        # one neighbour's: as if two shared it
-        yield Collective("gather", "halo", halo, when)  # type: ignore[arg-type]
+    directions: tuple[tuple[When, int], ...]
+    directions = (("forward", states + decays), ("backward", states))
+    for when, size in directions:
+        yield Collective("gather", "context", n * size, when)
+        yield Collective("gather", "halo", 2 * halo, when)  # as if two neighbours gathered theirs
 
 
 def _base(layer: Any) -> Any:
