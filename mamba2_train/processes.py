@@ -98,6 +98,8 @@ def own(run_dir: Path) -> None:
 
 
 def _locked(run_dir: Path) -> str:
+    if rank() > 0:  # started by Slurm alone, where each would decide for itself
+        return ""
     run_dir.mkdir(parents=True, exist_ok=True)
     file = (run_dir / LOCK).open("a+")
     try:
