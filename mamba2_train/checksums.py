@@ -7,6 +7,8 @@ others wrote only values that are not finite are seen.
 """
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mamba2_train.errors import UserError
@@ -30,7 +32,12 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, **facts: Any) -> No
     dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
     sums = {name: checksum(name, tensor) for name, tensor in dense.items()}
     metadata = {"format": "pt", KEY: json.dumps({SUMS: sums} | facts)}
-    safetensors.torch.save_file(dense, file, metadata=metadata)
+    try:
+        safetensors.torch.save_file(dense, file, metadata=metadata)
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):  # its own words for the disk's
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+        raise
     # safetensors writes its metadata in another order each time; sorted, they are as long
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")

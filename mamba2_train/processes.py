@@ -25,6 +25,7 @@ PATIENCE = timedelta(minutes=30)  # with the first rank, which may be reading a 
 log_only = logging.getLogger("mamba2_train.log_only")
 log_only.propagate = False
 log_only.addHandler(logging.NullHandler())
+logger = logging.getLogger(__name__)
 _held: list[Any] = []  # locks, open as long as the process lives
 
 
@@ -97,6 +98,8 @@ def own(run_dir: Path) -> None:
 
 
 def _locked(run_dir: Path) -> str:
+    if rank() > 0:  # started by Slurm alone, where each would decide for itself
+        return ""
     run_dir.mkdir(parents=True, exist_ok=True)
     file = (run_dir / LOCK).open("a+")
     try:
@@ -104,7 +107,7 @@ def _locked(run_dir: Path) -> str:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
-            log_only.warning("%s cannot be locked: %s", run_dir, error)
+            logger.warning("%s cannot be locked (%s): let no other job use it", run_dir, error)
             return ""
         file.seek(0)
         owner = file.read().strip() or "another process"

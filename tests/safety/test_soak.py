@@ -1,6 +1,6 @@
 """A long run keeps its memory and its files: from the 100th step on nothing grows.
 
-Counted in the process itself at the end of every 50 steps: resident memory, tensors that Python can
+Counted in the process itself at the end of every 25 steps: resident memory, tensors that Python can
 reach, open files. Validation, saving, logging, dropout and a loader worker are part of it.
 """
 
@@ -27,7 +27,7 @@ class Gauge(Callback):
         step = trainer.global_step
         if self.leak:
             self.kept.append((torch.ones(30_000), open("/dev/null")))  # noqa: SIM115
-        if step % 50:
+        if step % 25:
             return
         gc.collect()
         tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
@@ -61,7 +61,7 @@ def soaked(folder, safe, steps, leak=False):
 
 
 @pytest.mark.parametrize(
-    "steps", [200, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1600)])]
+    "steps", [150, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1600)])]
 )
 def test_nothing_grows(folder, safe, steps):
     first, *later = soaked(folder, safe, steps)
