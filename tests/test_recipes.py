@@ -63,7 +63,7 @@ SAMPLES = {
     **dict.fromkeys(("full_130m", "lora_130m"), lambda quote, author: {"quote": quote}),
 }
 ELSEWHERE = {
-    "pretrain_code": ["data.split=train[8:]", "data.validation_split=train[:8]"],
+    "pretrain_code": ["data.split='train[8:]'", "data.validation_split='train[:8]'"],
     "long_context_exact": [
         *("data.split=null", "data.validation_split=null"),
         *("long_context.segment_len=24", "data.batch_size=1"),

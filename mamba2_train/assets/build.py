@@ -492,7 +492,7 @@ def build_preferences(quotes: Path, out: Path) -> str:
             eos_token_id=tokenizer.eos_token_id,
             seed=len(rows),
         )[0, ids.shape[1] :]
-        instead = tokenizer.decode(made, skip_special_tokens=True)
+        instead = str(tokenizer.decode(made, skip_special_tokens=True))
         instead = " ".join(instead[: instead.rfind(".") + 1 or None].split())
         if instead:
             answers = {"chosen": f" {definition}", "rejected": f" {instead}"}
