@@ -76,7 +76,8 @@ def _measure(chosen: dict[str, str], folder: Path, quick: bool) -> int:
         repetitions = 1 if quick else int(chosen["repetitions"] or w.repetitions)
         results.append(pair.run(w, made, folder, repetitions))
         print("\n".join(report.table(results)[-1 if len(results) > 1 else 0 :]), flush=True)
-    others: dict[str, Any] = {"machine": {"jobs that ran before (load average)": f"{load:.1f}"}}
+    busy = {"threads": os.environ["OMP_NUM_THREADS"], "load average before": f"{load:.1f}"}
+    others: dict[str, Any] = {"machine": busy}
     for name, found in _others(names, folder, quick):
         others[name] = found
         print(f"{name}: {found}", flush=True)
