@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,12 @@ def _measure(chosen: dict[str, str], folder: Path, quick: bool) -> int:
         print("\n".join(report.table(results)[-1 if len(results) > 1 else 0 :]), flush=True)
     busy = {"threads": os.environ["OMP_NUM_THREADS"], "load average before": f"{load:.1f}"}
     others: dict[str, Any] = {"machine": busy}
-    for name, found in _others(names, folder, quick):
-        others[name] = found
-        print(f"{name}: {found}", flush=True)
-    if chosen["out"]:
-        report.write(Path(chosen["out"]), results, others)
+    for name, found in chain([("workloads", None)], _others(names, folder, quick)):
+        if found is not None:
+            others[name] = found
+            print(f"{name}: {found}", flush=True)
+        if chosen["out"]:  # each time: what fails later must not take this with it
+            report.write(Path(chosen["out"]), results, others)
     return int(any(r.failure is not None for r in results))
 
 

@@ -83,8 +83,8 @@ def write(out: Path, results: list[Result], others: dict[str, Any]) -> None:
     """
     folder = out / PLOTS
     folder.mkdir(parents=True, exist_ok=True)
-    about = machine() | others.pop("machine", {})
-    found = {"machine": about, "workloads": [as_json(r) for r in results], **others}
+    about = machine() | others.get("machine", {})
+    found = {**others, "machine": about, "workloads": [as_json(r) for r in results]}
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     lines = [INTRODUCTION, *(f"- {k}: {v}" for k, v in about.items()), "", *table(results)]
     lines += ["", READING]
