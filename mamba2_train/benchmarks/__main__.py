@@ -8,10 +8,12 @@ python -m mamba2_train.benchmarks --quick                   small shapes: does i
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from mamba2_train.benchmarks.prepare import prepare
 from mamba2_train.benchmarks.workloads import WORKLOADS
 from mamba2_train.errors import UserError, nearest
 
-PROFILED = ("lora-130m-512", "full-130m")
+PROFILED = ("lora-130m-512",)
 ALONE = ("profiles", "lengths", "startup", "scan")  # without two sides that step in turn
 
 
@@ -50,7 +52,7 @@ def _settings(words: list[str]) -> dict[str, str]:
     Raises:
         UserError: a setting or a workload that does not exist.
     """
-    found = {"workload": ",".join((*WORKLOADS, *ALONE)), "out": "", "repetitions": "2"}
+    found = {"workload": ",".join((*WORKLOADS, *ALONE)), "out": "", "repetitions": ""}
     for word in words:
         key, equals, value = word.partition("=")
         if key not in found or not equals:
@@ -60,7 +62,7 @@ def _settings(words: list[str]) -> dict[str, str]:
         if name not in WORKLOADS and name not in ALONE:
             known = [*WORKLOADS, *ALONE]
             raise UserError(f"no workload {name}.{nearest(name, known)} Known: {', '.join(known)}")
-    if not found["repetitions"].isdecimal() or found["repetitions"] == "0":
+    if found["repetitions"] and not re.fullmatch("[1-9][0-9]*", found["repetitions"]):
         raise UserError(f"repetitions={found['repetitions']}: give a number of 1 or more")
     return found
 
@@ -72,14 +74,17 @@ def _measure(chosen: dict[str, str], folder: Path, quick: bool) -> int:
     n_layers = 2 if quick else None
     for w in (_quick(WORKLOADS[n]) if quick else WORKLOADS[n] for n in names if n in WORKLOADS):
         made = prepare(folder, w, n_layers)
-        results.append(pair.run(w, made, folder, 1 if quick else int(chosen["repetitions"])))
+        repetitions = 1 if quick else int(chosen["repetitions"] or w.repetitions)
+        results.append(pair.run(w, made, folder, repetitions))
         print("\n".join(report.table(results)[-1 if len(results) > 1 else 0 :]), flush=True)
-    others: dict[str, Any] = {"machine": {"jobs that ran before (load average)": f"{load:.1f}"}}
-    for name, found in _others(names, folder, quick):
-        others[name] = found
-        print(f"{name}: {found}", flush=True)
-    if chosen["out"]:
-        report.write(Path(chosen["out"]), results, others)
+    busy = {"threads": os.environ["OMP_NUM_THREADS"], "load average before": f"{load:.1f}"}
+    others: dict[str, Any] = {"machine": busy}
+    for name, found in chain([("workloads", None)], _others(names, folder, quick)):
+        if found is not None:
+            others[name] = found
+            print(f"{name}: {found}", flush=True)
+        if chosen["out"]:  # each time: what fails later must not take this with it
+            report.write(Path(chosen["out"]), results, others)
     return int(any(r.failure is not None for r in results))
 
 

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 SEGMENT = 2048
-LENGTHS = (1024, 4096, 16_384, 65_536)
+LENGTHS = (1024, 4096, 65_536)
 
 
 def measure(lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from mamba2_train.benchmarks.workloads import Workload
 
 SIDES = ("ours", "peer")
+LIMIT = 1800  # seconds of a side in one repetition
 
 
 @dataclass
@@ -94,6 +96,8 @@ class _Side:
                 text=True,
                 env=environment,
             )
+        self.limit = threading.Timer(LIMIT, self.process.kill)
+        self.limit.start()
 
     def read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -108,6 +112,7 @@ class _Side:
         print(word, file=self.process.stdin, flush=True)
 
     def end(self) -> None:
+        self.limit.cancel()
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()

@@ -38,6 +38,8 @@ class AfterEachStep(TrainerCallback):
 class CountedTrainer(SFTTrainer):
     """Knows how many tokens it has learned from."""
 
+    after: AfterEachStep
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self.after.tokens += int((inputs["labels"][:, 1:] != -100).sum())
         return super().compute_loss(model, inputs, *args, **kwargs)

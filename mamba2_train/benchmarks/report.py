@@ -21,8 +21,8 @@ Written by `make bench`. Ours is `mamba2-train`; theirs is transformers' Mamba2F
 peft's adapter under TRL's SFTTrainer, in PyTorch code on a CPU, as ours. Both read the same
 weights, the same first adapter and the same rows, with AdamW, a constant learning rate and the norm
 of the gradient clipped at 1. Each side is a process; the two step in turn, each repetition starts
-both anew, and the first step does not count. peft refuses LoRA on `out_proj`: here that guard is
-lifted.
+both anew, and the first step of each does not count. peft refuses LoRA on `out_proj`: here that
+guard is lifted.
 
 Where the losses of any step differ by more than the tolerance, no time is reported.
 """
@@ -83,8 +83,8 @@ def write(out: Path, results: list[Result], others: dict[str, Any]) -> None:
     """
     folder = out / PLOTS
     folder.mkdir(parents=True, exist_ok=True)
-    about = machine() | others.pop("machine", {})
-    found = {"machine": about, "workloads": [as_json(r) for r in results], **others}
+    about = machine() | others.get("machine", {})
+    found = {**others, "machine": about, "workloads": [as_json(r) for r in results]}
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     lines = [INTRODUCTION, *(f"- {k}: {v}" for k, v in about.items()), "", *table(results)]
     lines += ["", READING]

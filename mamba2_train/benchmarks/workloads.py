@@ -26,6 +26,7 @@ class Workload:
     checkpointing: bool = False
     rows: Literal["whole", "quotes"] = "whole"  # filled rows, or one short document to each
     steps: int = 3  # measured in each repetition, after a first that is not
+    repetitions: int = 1  # with new processes; more by repetitions=
     tolerance: float = 1e-3
 
     @property
@@ -35,7 +36,7 @@ class Workload:
 
 # bfloat16 has 8 bits: sums in another order differ in the third digit of the loss
 BF16 = {"precision": "bf16-mixed", "tolerance": 2e-2}
-LORA_TINY = Workload("lora-tiny-512", "LoRA recipe, tiny, 2 x 512", "tiny", steps=10)
+LORA_TINY = Workload("lora-tiny-512", "LoRA recipe, tiny, 2 x 512", "tiny", steps=6, repetitions=2)
 LORA = Workload("lora-130m-512", "LoRA recipe, 130M, 2 x 512")
 FULL = Workload(
     "full-130m", "full, 130M, 1 x 1,024", trained="full", seq_len=1024, batch_size=1, steps=2
@@ -66,8 +67,8 @@ WORKLOADS = {
     for w in (
         LORA_TINY,
         _bf16(LORA_TINY),
-        _long(LORA_TINY, steps=6),
-        _bf16(_long(LORA_TINY, steps=6)),
+        _long(LORA_TINY, steps=4),
+        _bf16(_long(LORA_TINY, steps=4)),
         LORA,
         _bf16(LORA),
         LORA_LONG,
