@@ -49,7 +49,7 @@ class Job(NamedTuple):
     loss: float  # final val/loss; nan where there is none
 
 
-class Sweep(Callback):  # type: ignore[misc]
+class Sweep(Callback):
     """Hydra's callback, which learns before the first job where a sweep is kept."""
 
     folder: Path | None = None

@@ -88,7 +88,7 @@ def command(
         @functools.wraps(run)
         def main() -> None:
             if {"--help", "-h"} & set(sys.argv[1:]):
-                print_help(config_name, schema, run.__globals__["__doc__"])
+                print_help(config_name, schema, sys.modules[run.__module__].__doc__ or "")
                 return
             extend_hydra()
             # Hydra then raises its errors instead of printing them, and we print all alike
