@@ -37,7 +37,7 @@ from mamba2_train.parallel.start import weightless
 from mamba2_train.parallel.wire import Collective, Traffic, over_context, traffic
 from mamba2_train.plan import GB, WHOLE, Memory, Plan
 from mamba2_train.roofline import GPU, GPUS, REACHED, STREAMED, Step, count
-from mamba2_train.schema import ClusterConfig, StrategyConfig, TrainConfig
+from mamba2_train.schema import ClusterConfig, OrdinaryContextConfig, TrainConfig
 
 MODES = ("none", "selective", "full")
 MICRO = 1e-6
@@ -64,7 +64,7 @@ class Layout(NamedTuple):
             found["strategy.tensor_size"] = f"{self.tensor}"
         if self.context > 1:
             found["long_context"] = "parallel"
-            found["strategy.context_size"] = f"{self.context}"
+            found["long_context.ranks"] = f"{self.context}"
         found["model.checkpointing"] = self.mode
         found["data.batch_size"] = f"{self.rows}"
         found["trainer.accumulate"] = f"{self.accumulate}"
@@ -140,14 +140,16 @@ class Simulator:
         UserError: tokens that are no rows, or a run of which no such step can be told.
     """
 
-    def __init__(self, plan: Plan, settings: ClusterConfig, *, context: bool | None = None) -> None:
-        self.plan, self.cluster = plan, Cluster.of(settings)
+    def __init__(self, plan: Plan, settings: ClusterConfig) -> None:
         c = plan.config
         if c.long_context.kind not in ("none", "parallel"):
             raise UserError(
                 f"a cluster is planned for rows in one pass, not in segments: leave out "
                 f"long_context={c.long_context.kind}"
             )
+        # whether ranks share a row is for the layout to say
+        whole_rows = {"long_context": OrdinaryContextConfig(kind="none")}
+        self.plan, self.cluster = plan.of(c.model_copy(update=whole_rows)), Cluster.of(settings)
         self.seq_len = c.data.seq_len
         a_step = c.data.batch_size * c.trainer.accumulate * settings.gpus * self.seq_len  # type: ignore[operator]
         self.n_tokens = settings.tokens or a_step
@@ -158,9 +160,6 @@ class Simulator:
                 f"choose {near}"
             )
         self.n_rows = self.n_tokens // self.seq_len
-        # ranks that share a row: known to `mamba2-train` or not
-        known = "context_size" in StrategyConfig.model_fields
-        self.context = known if context is None else context
         self._steps: dict[tuple[int, int, str, int], Step] = {}
         self._sent: dict[int, Mamba2LM] = {}
 
@@ -238,7 +237,7 @@ class Simulator:
                 self.plan.sliced(tensor)
             except UserError:
                 continue
-            for context in _powers(n // tensor if self.context else 1):
+            for context in _powers(n // tensor):
                 data, rest = divmod(n // tensor, context)
                 if rest or self.n_rows % data or self.seq_len % context:
                     continue

@@ -99,8 +99,8 @@ def planned(*overrides):
     return planned_run([*RUN, *overrides], SHAPE)
 
 
-def simulator(*overrides, context=None, **cluster):
-    return Simulator(planned(*overrides), ClusterConfig(**cluster), context=context)
+def simulator(*overrides, **cluster):
+    return Simulator(planned(*overrides), ClusterConfig(**cluster))
 
 
 def test_links_by_hand():
@@ -192,10 +192,10 @@ def test_slower_links_cost_and_nothing_is_faster_than_the_peak():
     assert slow.spent["weights"] > fast.spent["weights"]
     assert slow.spent["blocks"] == fast.spent["blocks"]
     assert 0 < fast.mfu < 1
-    long = simulator("data.seq_len=8192", gpus=16, context=True, tokens=2 * 8192)
+    long = simulator("data.seq_len=8192", gpus=16, tokens=2 * 8192)
     cut = long.estimate(Layout("fsdp", 2, 8, 1, "none", 1, 1))
     assert cut.spent["context"] > 0
-    assert cut.layout.flags["strategy.context_size"] == "8"
+    assert cut.layout.flags["long_context.ranks"] == "8"
     # a rank has an eighth of the row
     alone = simulator("data.seq_len=1024", gpus=16).memory(Layout("fsdp", 16, 1, 1, "none", 1, 1))
     assert cut.memory == alone
