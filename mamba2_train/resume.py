@@ -269,8 +269,9 @@ def _fingerprint(model: nn.Module) -> list[int]:
     described = 0
     values = torch.zeros((), dtype=torch.int64)  # which wraps around, alike everywhere
     for name, found in boxes(model):
+        p, box = found[0]  # split heads have several, of one plain tensor
+        described = zlib.crc32(f"{name} {tuple(box.size)} {p.dtype}".encode(), described)
         for p, box in found:
-            described = zlib.crc32(f"{name} {tuple(box.size)} {p.dtype}".encode(), described)
             if not p.requires_grad and is_first_holder(model, p):
                 values += _sum_of_bits(name, box.local, box.offsets)
     for p in model.parameters():

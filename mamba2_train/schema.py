@@ -363,6 +363,10 @@ class SavingConfig(Group):
     every_steps: PositiveInt | None = Field(default=None, description="optimizer steps")
     every_minutes: PositiveFloat | None = Field(default=None, description="of the first rank")
     keep: PositiveInt = Field(description="best checkpoints kept, by val/loss; the two newest stay")
+    asynchronous: bool = Field(
+        default=False,
+        description="train on while a checkpoint is written, from a copy in the host's memory",
+    )
 
 
 class EarlyStoppingConfig(Group):

@@ -35,6 +35,7 @@ from mamba2_train.schema import StrategyConfig, TrainConfig, validated
 HERE = Path(__file__).parent / "distributed"
 BIN = Path(sys.executable).parent
 sys.path.insert(0, str(HERE))
+from server import Server  # noqa: E402
 from sharded_steps import ACCUMULATE, CLIP, DTYPES, OPTIMIZER, STEPS, adapt, batches  # noqa: E402
 
 CASES = ["full-float32", "lora-float32", "nf4-float32", "full-float64", "lora-float64"]
@@ -176,8 +177,8 @@ ALONE = ["strategy=single", "trainer.accumulate=4"]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A tiny model, rows of unequal length, and a run of six steps on two ranks."""
+def server(tmp_path_factory):
+    """In a folder with a tiny model and rows of unequal length."""
     folder = tmp_path_factory.mktemp("runs")
     tokenizer = load_tokenizer(FOLDER / "tiny_base")
     shape = Mamba2Config(d_model=16, n_layers=2, vocab_size=4096, d_state=8, headdim=8)
@@ -187,27 +188,26 @@ def runs(tmp_path_factory):
     for name, some in (("rows", rows), ("held_out", rows[:5])):
         text = "".join(json.dumps(row) + "\n" for row in some)
         (folder / f"{name}.jsonl").write_text(text)
-    train(folder, 2, *TWO, "run_dir=two")
-    return folder
+    server = Server(folder)
+    yield server
+    server.close()
 
 
-def train(folder, n, *arguments):
-    if n > 1:
-        return launch(n, ["-m", "mamba2_train"], *RUN, *arguments, cwd=folder)
-    return command(folder, "mamba2-train", *RUN, *arguments)
+@pytest.fixture(scope="module")
+def runs(server):
+    """And a run of six steps on two ranks."""
+    train(server, 2, *TWO, "run_dir=two")
+    return server.folder
 
 
-def command(folder, name, *arguments):
-    done = subprocess.run(
-        [BIN / name, *map(str, arguments)],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+def train(server, n, *arguments):
+    return command(server, "mamba2-train", *RUN, *arguments, ranks=n)
+
+
+def command(server, name, *arguments, ranks=1):
+    code, said = server.run(name, *arguments, ranks=ranks)
+    assert code == 0, said[-6000:]
+    return said
 
 
 def saved(run, step=6):
@@ -227,27 +227,53 @@ def losses(run):
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
 
 
-def test_a_resumed_run_comes_to_the_same_bits(runs):
+# strategy, ranks, and the micro-batches with which a step takes eight rows
+LAYOUTS = {
+    "two": (2, TWO),
+    "tensor": (2, ["strategy=tp", "trainer.accumulate=4"]),
+    "grid": (4, ["strategy=fsdp_tp", "trainer.accumulate=2"]),
+    "alone": (1, ALONE),
+}
+
+
+@pytest.mark.parametrize("layout", ["two", "tensor"])
+def test_a_resumed_run_comes_to_the_same_bits(runs, server, layout):
     """Dropout included: each rank's random state is its own."""
-    train(runs, 2, *TWO, "run_dir=again", "resume=two/checkpoints/step-00000004")
-    for ours, theirs in zip(saved(runs / "again"), saved(runs / "two"), strict=True):
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert losses(runs / "again") == losses(runs / "two")
-    both = [(runs / run / "adapter" / "adapter_model.safetensors") for run in ("again", "two")]
+    n, how = LAYOUTS[layout]
+    if layout != "two":
+        train(server, n, *how, f"run_dir={layout}")
+    again = f"{layout}_again"
+    step_4 = f"resume={layout}/checkpoints/step-00000004"
+    train(server, n, *how, f"run_dir={again}", step_4)
+    assert_same_bits(runs / again, runs / layout)
+
+
+def assert_same_bits(ours, theirs):
+    for a, b in zip(saved(ours), saved(theirs), strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert losses(ours) == losses(theirs)
+    both = [(run / "adapter" / "adapter_model.safetensors") for run in (ours, theirs)]
     assert both[0].read_bytes() == both[1].read_bytes()
 
 
-def test_one_process_goes_on_from_two_ranks_and_back(runs):
-    """To what two ranks come to by themselves. Without dropout: its draws are a rank's own."""
-    plain = "adapter.dropout=0"
-    train(runs, 2, *TWO, plain, "run_dir=plain")
-    train(runs, 1, *ALONE, plain, "run_dir=alone", "resume=plain/checkpoints/step-00000004")
-    assert error(saved(runs / "alone")[0], saved(runs / "plain")[0]) < 1e-6
-    longer = "trainer.max_steps=8"
-    train(runs, 2, *TWO, plain, "run_dir=back", "resume=alone", longer)
-    train(runs, 1, *ALONE, plain, "run_dir=stayed", "resume=alone", longer)
-    assert error(saved(runs / "back", 8)[0], saved(runs / "stayed", 8)[0]) < 1e-6
+def test_any_number_of_ranks_goes_on_from_any_other(runs, server):
+    """Four ranks, then two that share the heads, then one process, then two that share the rows,
+    as one process that did it all. Without dropout: its draws are a rank's own."""
+    plain = ["adapter.dropout=0", "scheduler=constant", "scheduler.warmup_fraction=0"]
+    train(server, 1, *ALONE, *plain, "trainer.max_steps=8", "run_dir=whole")
+    option: list[str] = []
+    for last, layout in ((2, "grid"), (4, "tensor"), (6, "alone"), (8, "two")):
+        n, how = LAYOUTS[layout]
+        ending = [f"trainer.max_steps={last}", f"run_dir=chain_{layout}"]
+        train(server, n, *how, *plain, *option, *ending)
+        option = [f"resume=chain_{layout}"]
+    ours, theirs = (saved(runs / run, 8)[0] for run in ("chain_two", "whole"))
+    assert error(ours, theirs) < 1e-6
+    path = "checkpoint=chain_grid/checkpoints/step-00000002"
+    command(server, "mamba2-export", path, "merge=false", "out=of_grid")
+    written = [runs / f / "adapter_model.safetensors" for f in ("of_grid", "chain_grid/adapter")]
+    assert written[0].read_bytes() == written[1].read_bytes()
 
 
 def test_what_a_run_leaves(runs):
@@ -277,19 +303,19 @@ def test_a_damaged_folder_is_seen(runs, tmp_path):
         shutil.rmtree(copy)
 
 
-def test_a_checkpoint_of_two_ranks_is_exported(runs):
+def test_a_checkpoint_of_two_ranks_is_exported(runs, server):
     """As an adapter, the one that the run has written at its end; and merged, in either layout."""
     best = json.loads((runs / "two" / "result.json").read_text()).get("best_step", 6)
     path = f"checkpoint=two/checkpoints/step-{best:08d}"
-    command(runs, "mamba2-export", path, "merge=false", "out=adapter")
+    command(server, "mamba2-export", path, "merge=false", "out=adapter")
     for name in ("adapter_model.safetensors", "trained_in_full.safetensors"):
         assert (runs / "adapter" / name).read_bytes() == (
             runs / "two" / "adapter" / name
         ).read_bytes()
-    command(runs, "mamba2-export", "checkpoint=two", "out=from_adapter")
+    command(server, "mamba2-export", "checkpoint=two", "out=from_adapter")
     expected = load_pretrained(runs / "from_adapter").state_dict()
     for layout in ("huggingface", "state-spaces"):
-        command(runs, "mamba2-export", path, f"layout={layout}", f"out={layout}")
+        command(server, "mamba2-export", path, f"layout={layout}", f"out={layout}")
         ours = load_pretrained(runs / layout).state_dict()
         assert all(torch.equal(ours[name], w) for name, w in expected.items())
 

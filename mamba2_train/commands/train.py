@@ -104,6 +104,8 @@ def main(config: TrainConfig) -> None:
     )
     t = config.trainer
     nonfinite = NonFinite(t.on_nan, t.max_skipped, saver, config.run_dir)
+    if isinstance(strategy, MeshStrategy):
+        strategy.background = saver.background
     trainer = build_trainer(config, saver, nonfinite, strategy)
     model, adapter = build(config, shape, strategy)
     check_space(config.run_dir, _bytes_written(model, config.callbacks.saving.keep))
@@ -358,7 +360,7 @@ def build_trainer(
         enable_checkpointing=False,  # Lightning's own
         # FSDP2 keeps what it gathers, and a backward cannot use a tensor of inference mode
         inference_mode=not isinstance(strategy, MeshStrategy),
-        plugins=[WholeOrNot()],
+        plugins=[WholeOrNot(saver.background)],
     )
     validate_every(trainer, t.validate_every)
     if hasattr(trainer.strategy, "_timeout"):  # those of several processes have one
