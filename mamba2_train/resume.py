@@ -59,6 +59,7 @@ class Resumed(NamedTuple):
     checkpoint: Path
     run: dict[str, Any]  # as `identity` made it
     csv_rows: int
+    ranks: int = 1  # processes, of which each has a state of its own in it
 
     @property
     def folder(self) -> Path:
@@ -85,7 +86,7 @@ def locate(config: TrainConfig) -> tuple[TrainConfig, Resumed | None]:
     path = Path(found)
     saved = read_meta(path)
     state = next(s for s in saved["callbacks"].values() if "csv_rows" in s)
-    resumed = Resumed(path, saved[RUN], state["csv_rows"])
+    resumed = Resumed(path, saved[RUN], state["csv_rows"], len(state["ranks"]))
     if config.resume == "auto":
         config = config.model_copy(update={"run_dir": resumed.folder})
     check_config(resumed, config)
@@ -118,9 +119,10 @@ def identity(
             "rows in a step only if data.batch_size and trainer.accumulate make up for it: steps "
             f"had {resumed.run['rows']} rows and have {now['rows']}: start as many ranks",
             "world": f"it had {resumed.run['world']} ranks and this run has {world}, which see "
-            "streamed or length-grouped data in another order: start as many",
+            "streamed, length-grouped or continued data in another order: start as many",
         }
-        if not (config.data.streaming or config.data.length_grouped):
+        ordered = config.data.streaming or config.data.length_grouped
+        if not (ordered or config.data.packing == "continued"):
             del cures["world"]
         then = resumed.run
         if 0 in (then["model"][2], now["model"][2]):  # cut over ranks before, or now
@@ -148,6 +150,12 @@ def check_config(resumed: Resumed, config: TrainConfig) -> None:
         raise UserError(
             f"cannot resume {resumed.checkpoint}: {'; '.join(changed)}; set what it was, or "
             "resume=null to start afresh"
+        )
+    if config.long_context.kind == "truncated" and resumed.ranks != _processes(config):
+        raise UserError(
+            f"cannot resume {resumed.checkpoint}: each of its {resumed.ranks} ranks carries states "
+            f"of its own rows and heads, and this run has {_processes(config)}: start as many, or "
+            "set resume=null"
         )
     for key in ("trainer.max_epochs", "trainer.max_steps"):
         if then[key] != now[key]:

@@ -5,7 +5,9 @@ key or a wrong type costs a second and not a queue. Each field's meaning stands 
 description; `configs/` holds the defaults.
 """
 
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -80,12 +82,24 @@ class ModelConfig(Group):
         description="what a block keeps for its backward: none (all), selective (its projections), "
         "full (its input), every_N (full in every N-th block)",
     )
+    compile: bool = Field(default=False, description="torch.compile each block, which takes g++")
 
     @field_validator("checkpointing")
     @classmethod
     def _known_checkpointing(cls, mode: str) -> str:
         checkpointing_interval(mode)
         return mode
+
+    @field_validator("compile")
+    @classmethod
+    def _can_compile(cls, asked: bool) -> bool:
+        compiler = os.environ.get("CXX", "g++")
+        if asked and shutil.which(compiler) is None:
+            raise ValueError(
+                f"true needs the C++ compiler {compiler}, which is not there: install it, or set "
+                "model.compile=false"
+            )
+        return asked
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelConfig":

@@ -108,6 +108,8 @@ def main(config: TrainConfig) -> None:
         strategy.background = saver.background
     trainer = build_trainer(config, saver, nonfinite, strategy)
     model, adapter = build(config, shape, strategy)
+    if config.model.compile:
+        model.compile_blocks()
     check_space(config.run_dir, _bytes_written(model, config.callbacks.saving.keep))
     saver.run = identity(config, model, data.fingerprint(), data_ranks(trainer)[0], resumed)
     data.trainer = trainer
