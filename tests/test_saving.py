@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import warnings
-from pathlib import Path
 
 import pytest
 import torch

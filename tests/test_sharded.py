@@ -36,10 +36,25 @@ HERE = Path(__file__).parent / "distributed"
 BIN = Path(sys.executable).parent
 sys.path.insert(0, str(HERE))
 from server import Server  # noqa: E402
-from sharded_steps import ACCUMULATE, CLIP, DTYPES, OPTIMIZER, STEPS, adapt, batches  # noqa: E402
+from sharded_steps import (  # noqa: E402
+    ACCUMULATE,
+    CLIP,
+    DTYPES,
+    OPTIMIZER,
+    QUANTIZED,
+    STEPS,
+    adapt,
+    batches,
+)
 
 CASES = ["full-float32", "lora-float32", "nf4-float32", "full-float64", "lora-float64"]
 BROKEN = ["full-float64-means", "full-float64-unreduced"]
+# rows in segments of 7; gradients reduced after each micro-batch; blocks compiled; replicas (DDP)
+ALSO = ["full-float64-exact", "lora-float32-exact", "nf4-float32-exact"]
+ALSO += ["full-float32-each", "full-float32-compiled"]
+REPLICAS = ["full-ddp_float32", "lora-ddp_float32", "nf4-ddp_float32", "int8-ddp_float32-exact"]
+SPLIT = ["full-float64-exact", "lora-float32-exact"]
+NARROW = ["full-float32-mixed", "lora-bfloat16"]
 
 
 def launch(n, script, *arguments, cwd=None, timeout=240):
@@ -69,13 +84,15 @@ def folder(tmp_path_factory, small_config, random_model):
 @pytest.fixture(scope="module")
 def sharded(folder):
     """Results by case, of two ranks that share the rows."""
-    return results(folder, "2x1", *CASES, *BROKEN, "memory")
+    others = (*ALSO, *REPLICAS, *NARROW, "bytes", "memory")
+    return results(folder, "2x1", *CASES, *BROKEN, *others)
 
 
 @pytest.fixture(scope="module", params=["1x2", "2x2"])
 def split(folder, request):
     """Results by case, of two ranks that share the heads, and of two times two."""
-    return results(folder, request.param, *CASES)
+    others = [*SPLIT, *NARROW] if request.param == "1x2" else []
+    return results(folder, request.param, *CASES, *others, "bytes")
 
 
 def results(folder, sizes, *cases):
@@ -85,10 +102,12 @@ def results(folder, sizes, *cases):
     return {c: torch.load(f if f.exists() else folder / f"{c}.pt") for c, f in files.items()}
 
 
-def truth(folder, case):
-    variant, dtype, *_ = case.split("-")
-    kind = "nf4" if variant == "nf4" else None
-    model = load_pretrained(folder / dtype, quantization=kind)
+def truth(folder, case, autocast=False):
+    """In one process, in one pass, uncompiled."""
+    variant, dtype, *_ = case.replace("ddp_", "").split("-")
+    kind = variant if variant in QUANTIZED else None
+    source = "float64" if dtype == "float64" else "float32"
+    model = load_pretrained(folder / source, dtype=DTYPES[dtype], quantization=kind)
     adapt(model, variant)
     model.train()
     optimizer = build_optimizer(model, OPTIMIZER)
@@ -102,7 +121,8 @@ def truth(folder, case):
         for batch in everything[step * per_step : (step + 1) * per_step]:
             length = int((batch["seq_idx"][0] >= 0).sum())
             ids = batch["input_ids"][:, :length]  # alone, without padding
-            logits = model(ids).logits[0, :-1]
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logits = model(ids).logits[0, :-1].to(DTYPES[source])
             total = total + F.cross_entropy(logits, ids[0, 1:], reduction="sum")
             count += length - 1
         optimizer.zero_grad()
@@ -124,7 +144,7 @@ def error(got, expected):
 
 
 def assert_equal(ours, theirs, case):
-    double = case.endswith("64")
+    double = "float64" in case
     # the logged loss is float32
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6 if double else 1e-5)
     assert error(ours["gradients"], theirs["gradients"]) < (1e-10 if double else 1e-5)
@@ -136,9 +156,47 @@ def test_two_ranks_equal_one_process(folder, sharded, case):
     assert_equal(sharded[case], truth(folder, case), case)
 
 
+@pytest.mark.parametrize("case", [*ALSO, *REPLICAS])
+def test_the_same_in_other_ways(folder, sharded, case):
+    assert_equal(sharded[case], truth(folder, case), case)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_split_heads_equal_one_process(folder, split, case):
     assert_equal(split[case], truth(folder, case), case)
+
+
+@pytest.mark.parametrize("split", ["1x2"], indirect=True)
+@pytest.mark.parametrize("case", SPLIT)
+def test_split_heads_in_segments(folder, split, case):
+    assert_equal(split[case], truth(folder, case), case)
+
+
+@pytest.mark.parametrize("sizes", ["2x1", "1x2"])
+@pytest.mark.parametrize("case", NARROW)
+def test_bfloat16_costs_no_more_than_in_one_process(folder, request, case, sizes):
+    """Twice what rounding does to one process, beside float32."""
+    found = narrow_results(request, sizes)[case]
+    wide = truth(folder, case.replace("bfloat16", "float32"))
+    one = truth(folder, case, autocast=case.endswith("mixed"))
+    for what in ("gradients", "weights"):
+        price = error(one[what], wide[what])
+        assert 1e-4 < error(found[what], wide[what]) < 2 * price, what
+    prices = [abs(a - b) for a, b in zip(one["losses"], wide["losses"], strict=True)]
+    off = [abs(a - b) for a, b in zip(found["losses"], wide["losses"], strict=True)]
+    assert max(off) < 2 * max(prices)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    expected = {"in_proj.weight": bf16, "in_proj": bf16, "A_log": fp32, "stream": fp32}
+    dtypes = found["dtypes"]
+    assert {key: dtypes[key] for key in expected} == expected
+    assert dtypes.get("lora", fp32) == fp32
+
+
+def narrow_results(request, sizes):
+    if sizes == "2x1":
+        return request.getfixturevalue("sharded")
+    folder = request.getfixturevalue("folder")
+    return {case: torch.load(folder / f"1x2-{case}.pt") for case in NARROW}
 
 
 @pytest.mark.parametrize("case", BROKEN)

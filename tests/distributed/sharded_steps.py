@@ -96,7 +96,9 @@ def seen_dtypes(model):
         seen["in_proj"] = output.dtype
         seen["A_log"] = block.mixer.A_log.dtype
         seen["norm"] = block.norm.weight.dtype
-        seen.update({"lora": p.dtype for n, p in projection.named_parameters() if "lora_" in n})
+        for name, p in projection.named_parameters():
+            if "lora_" in name:
+                seen["lora"] = p.dtype
 
     base.register_forward_hook(look)
     block.register_forward_hook(lambda *call: seen.update(stream=call[-1][0].dtype))
