@@ -28,7 +28,7 @@ COMMANDS = {
     "mamba2-export": ("export", ExportConfig),
     "mamba2-plan": ("plan", PlanConfig),
 }
-PAGES = ["README.md", "recipes/README.md", "mamba2_train/assets/README.md"]
+PAGES = ["README.md", "recipes/README.md", "mamba2_train/assets/README.md", "docs/distributed.md"]
 BLOCKS = [
     (page, language, body)
     for page in PAGES

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from mamba2_train.adapters import load_adapter
+from mamba2_train.adapters import add_lora, load_adapter
 from mamba2_train.assets import FOLDER
 from mamba2_train.checkpoint import load_pretrained, save_pretrained
 from mamba2_train.commands import extend_hydra
@@ -378,6 +378,46 @@ def test_a_checkpoint_of_two_ranks_is_exported(runs, server):
         assert all(torch.equal(ours[name], w) for name, w in expected.items())
 
 
+def test_a_rank_killed_while_saving_leaves_the_checkpoint_before(runs, server):
+    """While it writes its own file, before the last file, and before the folder has its name; with
+    saves that are written while training goes on. Each place is that of test_saving.py, with a
+    second rank. The run comes to the bits of one that wrote each save at once."""
+    reached = []
+    faults = {"shard:2@1": "false", "sums:2": "true", "sync:3": "false", "none": "true"}
+    for fault, background in faults.items():
+        option = ["resume=auto", f"callbacks.saving.asynchronous={background}"]
+        code, said = server.run(
+            "mamba2-train", *RUN, *TWO, *option, "run_dir=killed", ranks=2, fault=fault
+        )
+        assert (code == 0) == (fault == "none"), said[-3000:]
+        reached += map(int, re.findall(r"going on after step (\d+)", said))
+    assert reached == [2, 3, 4]
+    assert_same_bits(runs / "killed", runs / "two")
+    names = [
+        sorted(p.name for p in (runs / r / "checkpoints").iterdir()) for r in ("killed", "two")
+    ]
+    assert names[0] == names[1]
+    assert is_whole(runs / "killed" / "checkpoints" / "step-00000006")
+
+
+def test_states_that_are_carried_stay_with_their_ranks(runs, server):
+    """Two ranks, each with rows that go on from batch to batch."""
+    carried = ["long_context=truncated", "data.packing=continued", "data.seq_len=8"]
+    carried += ["callbacks.samples.prompts=[]", "trainer.max_steps=4", *TWO]
+    train(server, 2, *carried, "run_dir=carried")
+    step_3 = "resume=carried/checkpoints/step-00000003"
+    train(server, 2, *carried, "run_dir=carried_again", step_3)
+    for a, b in zip(saved(runs / "carried_again", 4), saved(runs / "carried", 4), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    ways = ["strategy=tp", "trainer.accumulate=4", "data.batch_size=2"]
+    for n, how in ((1, ["strategy=single", "trainer.accumulate=4"]), (2, ways)):
+        code, said = server.run(
+            "mamba2-train", *RUN, *carried, *how, step_3, "run_dir=refused", ranks=n
+        )
+        assert code != 0
+        assert "start as many" in said, said[-3000:]
+
+
 # of a model with 8 heads: strategy, processes of one node, and the cure
 MISTAKES = {
     "fsdp_tp data_size=3 tensor_size=2, 4": "data_size=2 strategy.tensor_size=2",
@@ -427,6 +467,44 @@ def test_pairs_that_do_not_work_are_refused(overrides, cure):
         composed = compose("train", ["strategy=fsdp", *overrides])
     with pytest.raises(UserError, match=cure):
         validated(TrainConfig, OmegaConf.to_container(composed, resolve=True))
+
+
+def test_a_dry_run_tells_what_is_sent(folder, sharded, split):
+    """As many bytes as the collectives of a step bring: to the byte what is gathered and what is
+    reduced of gradients; of activations all but some numbers to a row of the loss."""
+    for file in folder.glob("*-bytes.pt"):
+        counted, told = torch.load(file)
+        assert counted["gathered"] == told["weights"], file
+        activations = counted["scattered"] + counted["reduced"] - told["gradients"]
+        assert activations == pytest.approx(told["activations"], rel=0.02), file
+        assert sum(told.values()) > 0
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (2, 2)])
+def test_a_dry_run_of_a_base_in_4_bits(sizes):
+    """Half a byte to a weight of the projections, and a scale to each 64 where heads are split."""
+    shape = Mamba2Config(d_model=256, n_layers=2, vocab_size=512)
+    table, _ = dry_run(
+        shape,
+        Sizes(*sizes),
+        lambda model: add_lora(model, ["in_proj", "out_proj"], r=4, alpha=8),
+        dtype=torch.bfloat16,
+        quantization="nf4",
+        products=None,
+        n_tokens=64,
+        accumulate=1,
+        reduce_each_batch=False,
+    )
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    codes = [row for row in rows if row[4] == "uint8"]
+    assert [row[0].rpartition(".")[0] for row in codes] == [
+        "layers.*.mixer.in_proj",
+        "layers.*.mixer.out_proj",
+    ]
+    projections = shape.d_model * (shape.d_in_proj + shape.d_inner)
+    held = sum(int(row[2].partition("x")[0]) for row in codes)
+    assert held >= projections / 2 / (sizes[0] * sizes[1])
+    assert held < 1.15 * projections / 2 / (sizes[0] * sizes[1])  # B and C are whole on each
 
 
 def test_a_dry_run_tells_what_a_rank_holds(sharded):
