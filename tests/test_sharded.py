@@ -172,11 +172,19 @@ def test_split_heads_in_segments(folder, split, case):
     assert_equal(split[case], truth(folder, case), case)
 
 
-@pytest.mark.parametrize("sizes", ["2x1", "1x2"])
 @pytest.mark.parametrize("case", NARROW)
-def test_bfloat16_costs_no_more_than_in_one_process(folder, request, case, sizes):
+def test_bfloat16_costs_no_more_than_in_one_process(folder, sharded, case):
+    assert_narrow(sharded[case], folder, case)
+
+
+@pytest.mark.parametrize("split", ["1x2"], indirect=True)
+@pytest.mark.parametrize("case", NARROW)
+def test_bfloat16_of_split_heads(folder, split, case):
+    assert_narrow(split[case], folder, case)
+
+
+def assert_narrow(found, folder, case):
     """Twice what rounding does to one process, beside float32."""
-    found = narrow_results(request, sizes)[case]
     wide = truth(folder, case.replace("bfloat16", "float32"))
     one = truth(folder, case, autocast=case.endswith("mixed"))
     for what in ("gradients", "weights"):
@@ -190,13 +198,6 @@ def test_bfloat16_costs_no_more_than_in_one_process(folder, request, case, sizes
     dtypes = found["dtypes"]
     assert {key: dtypes[key] for key in expected} == expected
     assert dtypes.get("lora", fp32) == fp32
-
-
-def narrow_results(request, sizes):
-    if sizes == "2x1":
-        return request.getfixturevalue("sharded")
-    folder = request.getfixturevalue("folder")
-    return {case: torch.load(folder / f"1x2-{case}.pt") for case in NARROW}
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -379,11 +380,11 @@ def test_a_checkpoint_of_two_ranks_is_exported(runs, server):
 
 
 def test_a_rank_killed_while_saving_leaves_the_checkpoint_before(runs, server):
-    """While it writes its own file, before the last file, and before the folder has its name; with
-    saves that are written while training goes on. Each place is that of test_saving.py, with a
-    second rank. The run comes to the bits of one that wrote each save at once."""
+    """While it writes its own file, before the last file (whose sums a resumed run takes once too),
+    and before the folder has its name; two of the runs train on while a save is written. It comes
+    to the bits of a run that wrote each at once."""
     reached = []
-    faults = {"shard:2@1": "false", "sums:2": "true", "sync:3": "false", "none": "true"}
+    faults = {"shard:2@1": "false", "sums:3": "true", "sync:3": "false", "none": "true"}
     for fault, background in faults.items():
         option = ["resume=auto", f"callbacks.saving.asynchronous={background}"]
         code, said = server.run(
