@@ -34,7 +34,7 @@ class Server:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        until = time.monotonic() + 150
+        until = time.monotonic() + 280  # the first waits for the imports too
         while not Path(request["done"]).exists():
             assert time.monotonic() < until, Path(request["err"]).read_text()
             time.sleep(0.02)
@@ -44,4 +44,4 @@ class Server:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=60)
