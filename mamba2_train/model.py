@@ -22,7 +22,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -293,7 +293,7 @@ class Mamba2Block(nn.Module):
     ) -> tuple[Tensor, LayerState | None]:
         # narrowed before it is checkpointed: what is kept is then half of an fp32 residual stream
         with _uncached_autocast():
-            out, state = self._checkpointed()(x.to(dtype), seq_idx, state, return_state)
+            out, state = self._computed(self._contexts(), x.to(dtype), seq_idx, state, return_state)
         return x + out, state
 
     def step(
@@ -301,31 +301,60 @@ class Mamba2Block(nn.Module):
     ) -> Tensor:
         return x + self.mixer.step(self.norm(x.to(dtype)), state, prepared)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As of nn.Module, of all but what hooks on the block do: they gather and free weights."""
+        self._computed = torch.compile(self._plain_computed, *args, **kwargs)  # type: ignore[method-assign]
+
+    def _computed(self, *inputs: Any) -> tuple[Tensor, LayerState | None]:
+        return self._plain_computed(*inputs)
+
+    def _plain_computed(
+        self, contexts: Callable[[], Any] | None, *inputs: Any
+    ) -> tuple[Tensor, LayerState | None]:
+        return self._checkpointed(contexts)(*inputs)
+
     def _normed_mixer(self, x: Tensor, *rest: Any) -> tuple[Tensor, LayerState | None]:
         return self.mixer(self.norm(x), *rest)
 
-    def _checkpointed(self) -> Callable[..., tuple[Tensor, LayerState | None]]:
+    def _checkpointed(
+        self, contexts: Callable[[], Any] | None
+    ) -> Callable[..., tuple[Tensor, LayerState | None]]:
         if self.kept == "all" or not torch.is_grad_enabled():
             return self._normed_mixer
-        if self.kept == "input":
+        if contexts is None:
             return partial(checkpoint, self._normed_mixer, use_reentrant=False)
-        contexts = partial(create_selective_checkpoint_contexts, self._keep_projections)
         return partial(checkpoint, self._normed_mixer, use_reentrant=False, context_fn=contexts)
 
-    def _keep_projections(self, context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
-        """Keep the products of `in_proj` and, where an adapter follows on it, of `out_proj`.
+    def _contexts(self) -> Callable[[], Any] | None:
+        """Of a selective checkpoint; made outside of what is compiled, which takes it as it is."""
+        if self.kept != "projections":
+            return None
+        # an adapted layer is a module of modules
+        adapted = next(self.mixer.out_proj.children(), None) is not None
+        return _keeping_projections(self.mixer.config.d_model, self.mixer.config.d_inner, adapted)
 
-        Nothing comes after a plain `out_proj`, so it is never repeated. A product along fewer than
-        d_model numbers (an adapter's second) costs less than its room.
-        """
+
+@cache
+def _keeping_projections(d_model: int, d_inner: int, adapted: bool) -> Callable[[], Any]:
+    """Keep the products of `in_proj` and, where an adapter follows on it, of `out_proj`.
+
+    Nothing comes after a plain `out_proj`, so it is never repeated. A product along fewer than
+    d_model numbers (an adapter's second) costs less than its room. One function for all blocks
+    alike, which torch.compile then compiles once.
+    """
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
         if (product := _product(op, args)) is not None:
-            (inner, width), c = product, self.mixer.config
-            is_last = (inner, width) == (c.d_inner, c.d_model)
-            # an adapted layer is a module of modules
-            is_last &= next(self.mixer.out_proj.children(), None) is None
-            if inner >= c.d_model and not is_last:
+            inner, width = product
+            is_last = (inner, width) == (d_inner, d_model) and not adapted
+            if inner >= d_model and not is_last:
                 return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
+
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(policy)
+
+    return contexts
 
 
 class Mamba2Backbone(nn.Module):
@@ -402,6 +431,19 @@ class Mamba2LM(nn.Module):
         kept: Kept = {"none": "all", "selective": "projections"}.get(mode, "input")  # type: ignore[assignment]
         for i, block in enumerate(self.backbone.layers):
             block.kept = kept if i % every == 0 else "all"  # type: ignore[assignment]
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Let torch.compile make one graph of each block, without a break; the first call of each
+        kind of input takes the time to do so. Blocks that differ in nothing share a graph.
+
+        Args:
+            backend: of torch.compile.
+        """
+        # a graph each for training and not, first block and others, segments that begin in a state,
+        # lengths; beyond its 8 torch would give up
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for block in self.backbone.layers:
+            block.compile(backend=backend, fullgraph=True)
 
     def forward(
         self,

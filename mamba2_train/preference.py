@@ -29,8 +29,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from mamba2_train.loss import aligned
-from mamba2_train.loss import IGNORED
+from mamba2_train.loss import IGNORED, aligned
 from mamba2_train.model import Mamba2LM
 from mamba2_train.module import Mamba2Module
 from mamba2_train.parallel.strategy import data_ranks

@@ -60,6 +60,7 @@ class Resumed(NamedTuple):
     checkpoint: Path
     run: dict[str, Any]  # as `identity` made it
     csv_rows: int
+    ranks: int = 1  # processes, of which each has a state of its own in it
 
     @property
     def folder(self) -> Path:
@@ -89,7 +90,7 @@ def locate(config: TrainConfig) -> tuple[TrainConfig, Resumed | None]:
     path = Path(found)
     saved = read_meta(path)
     state = next(s for s in saved["callbacks"].values() if "csv_rows" in s)
-    resumed = Resumed(path, saved[RUN], state["csv_rows"])
+    resumed = Resumed(path, saved[RUN], state["csv_rows"], len(state["ranks"]))
     if config.resume == "auto":
         config = config.model_copy(update={"run_dir": resumed.folder})
     check_config(resumed, config)
@@ -122,9 +123,10 @@ def identity(
             "rows in a step only if data.batch_size and trainer.accumulate make up for it: steps "
             f"had {resumed.run['rows']} rows and have {now['rows']}: start as many ranks",
             "world": f"it had {resumed.run['world']} ranks and this run has {world}, which see "
-            "streamed or length-grouped data in another order: start as many",
+            "streamed, length-grouped or continued data in another order: start as many",
         }
-        if not (config.data.streaming or config.data.length_grouped):
+        ordered = config.data.streaming or config.data.length_grouped
+        if not (ordered or config.data.packing == "continued"):
             del cures["world"]
         then = resumed.run
         if 0 in (then["model"][2], now["model"][2]):  # cut over ranks before, or now
@@ -152,6 +154,12 @@ def check_config(resumed: Resumed, config: TrainConfig) -> None:
         raise UserError(
             f"cannot resume {resumed.checkpoint}: {'; '.join(changed)}; set what it was, or "
             "resume=null to start afresh"
+        )
+    if config.long_context.kind == "truncated" and resumed.ranks != _processes(config):
+        raise UserError(
+            f"cannot resume {resumed.checkpoint}: each of its {resumed.ranks} ranks carries states "
+            f"of its own rows and heads, and this run has {_processes(config)}: start as many, or "
+            "set resume=null"
         )
     for key in ("trainer.max_epochs", "trainer.max_steps"):
         if then[key] != now[key]:
@@ -283,8 +291,9 @@ def _fingerprint(model: nn.Module) -> list[int]:
     described = 0
     values = torch.zeros((), dtype=torch.int64)  # which wraps around, alike everywhere
     for name, found in boxes(model):
+        p, box = found[0]  # split heads have several, of one plain tensor
+        described = zlib.crc32(f"{name} {tuple(box.size)} {p.dtype}".encode(), described)
         for p, box in found:
-            described = zlib.crc32(f"{name} {tuple(box.size)} {p.dtype}".encode(), described)
             if not p.requires_grad and is_first_holder(model, p):
                 values += _sum_of_bits(name, box.local, box.offsets)
     for p in model.parameters():

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
+from mamba2_train.background import Background, copied
 from mamba2_train.model import LayerState, Mamba2State
 from mamba2_train.parallel.checkpoint import META, load_whole, remove
 from mamba2_train.parallel.strategy import MeshStrategy
@@ -98,6 +100,7 @@ class Checkpoints(Callback):
         self.handlers: dict[int, Any] = {}  # of before the training
         self.started, self.seconds_before = time.monotonic(), 0.0
         self.saved_at, self.saved_step = time.monotonic(), -1
+        self.background = Background() if config.asynchronous else None
 
     def path(self, step: int) -> Path | None:
         """Of the checkpoint of this step, whichever strategy has written it, if there is one."""
@@ -139,6 +142,8 @@ class Checkpoints(Callback):
         ends_step = trainer.global_step > self.at.step
         if ends_step:
             self.at = self._here(trainer)
+            if self.background is not None:
+                self.background.check()
         if ends_step or trainer.world_size == 1:
             self.wish = self._agreed(trainer, ends_step)
         every = self.config.every_steps
@@ -160,6 +165,15 @@ class Checkpoints(Callback):
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.saved_step != self.at.step:  # so that a longer run can go on from its end
             self._save(trainer)
+        self._settle()
+
+    def on_exception(
+        self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException
+    ) -> None:
+        try:
+            self._settle()
+        except Exception as error:  # `exception` is what is to be said
+            log_only.error("the checkpoint under way was not written", exc_info=error)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -267,6 +281,7 @@ class Checkpoints(Callback):
         if wish:
             self._save(trainer)
         if wish > SAVE:
+            self._settle()
             name = signal.Signals(wish).name
             heard = f"heard after step {self.heard_in}" if self.signal else "heard by another rank"
             log_only.info("%s, %s; saved at step %d", name, heard, self.at.step)
@@ -277,9 +292,11 @@ class Checkpoints(Callback):
         be taken. All ranks must call this. Returns whether there is a checkpoint now."""
         if self.saved_step != self.at.step and self.at.step > 0:
             self._save(trainer)
+        self._settle()
         return self.at.step > 0
 
     def _save(self, trainer: L.Trainer) -> None:
+        self._settle()
         self.stopped_early = trainer.should_stop
         for metrics in trainer.loggers:
             metrics.save()  # the curves reach as far as the checkpoint does
@@ -287,11 +304,20 @@ class Checkpoints(Callback):
         trainer.save_checkpoint(self.folder / f"step-{self.at.step:08d}{suffix}")
         self.saved_at, self.saved_step = time.monotonic(), self.at.step
         if trainer.is_global_zero:
-            there = checkpoints_in(self.folder)
-            best = [path for path in there if step_of(path) in self.scores]
-            best.sort(key=lambda path: self._rank(step_of(path)))
-            for path in set(there[:-RECENT]) - set(best[: self.config.keep]):
-                remove(path)
+            prune = partial(self._prune, dict(self.scores))
+            prune() if self.background is None else self.background.do(prune)
+
+    def _settle(self) -> None:
+        """Until the last checkpoint is on the disk."""
+        if self.background is not None:
+            self.background.wait()
+
+    def _prune(self, scores: dict[int, float]) -> None:
+        there = checkpoints_in(self.folder)
+        best = [path for path in there if step_of(path) in scores]
+        best.sort(key=lambda path: self._rank(step_of(path)))
+        for path in set(there[:-RECENT]) - set(best[: self.config.keep]):
+            remove(path)
 
     def _rank(self, step: int) -> tuple[float, int]:
         """Lower is better; the earlier of two equals; nan is the worst."""
@@ -321,12 +347,24 @@ class Checkpoints(Callback):
 
 class WholeOrNot(TorchCheckpointIO):
     """Writes a checkpoint under another name, and renames it once it is on the disk: whatever
-    kills the process, a file with a checkpoint's name is whole."""
+    kills the process, a file with a checkpoint's name is whole.
+
+    Args:
+        background: writes while training goes on.
+    """
+
+    def __init__(self, background: Background | None = None) -> None:
+        self.background = background
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        path = Path(path)
+        if self.background is None:
+            self._write(checkpoint, Path(path))
+        else:
+            self.background.do(partial(self._write, copied(checkpoint), Path(path)))
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         for abandoned in path.parent.glob(f"*{TEMPORARY}"):
             remove(abandoned)

@@ -6,7 +6,9 @@ description; `configs/` holds the defaults.
 """
 
 import logging
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -85,12 +87,24 @@ class ModelConfig(Group):
         description="what a block keeps for its backward: none (all), selective (its projections), "
         "full (its input), every_N (full in every N-th block)",
     )
+    compile: bool = Field(default=False, description="torch.compile each block, which takes g++")
 
     @field_validator("checkpointing")
     @classmethod
     def _known_checkpointing(cls, mode: str) -> str:
         checkpointing_interval(mode)
         return mode
+
+    @field_validator("compile")
+    @classmethod
+    def _can_compile(cls, asked: bool) -> bool:
+        compiler = os.environ.get("CXX", "g++")
+        if asked and shutil.which(compiler) is None:
+            raise ValueError(
+                f"true needs the C++ compiler {compiler}, which is not there: install it, or set "
+                "model.compile=false"
+            )
+        return asked
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelConfig":
@@ -411,6 +425,10 @@ class SavingConfig(Group):
     every_steps: PositiveInt | None = Field(default=None, description="optimizer steps")
     every_minutes: PositiveFloat | None = Field(default=None, description="of the first rank")
     keep: PositiveInt = Field(description="best checkpoints kept, by val/loss; the two newest stay")
+    asynchronous: bool = Field(
+        default=False,
+        description="train on while a checkpoint is written, from a copy in the host's memory",
+    )
 
 
 class EarlyStoppingConfig(Group):

@@ -109,9 +109,13 @@ def main(config: TrainConfig) -> None:
     )
     t = config.trainer
     nonfinite = NonFinite(t.on_nan, t.max_skipped, saver, config.run_dir)
+    if isinstance(strategy, MeshStrategy):
+        strategy.background = saver.background
     loggers = build_loggers(config.logger, config.name, config.run_dir, wandb)
     trainer = build_trainer(config, saver, nonfinite, strategy, loggers)
     model, adapter = build(config, shape, strategy)
+    if config.model.compile:
+        model.compile_blocks()
     check_space(config.run_dir, _bytes_written(model, config.callbacks.saving.keep))
     saver.run = identity(config, model, data.fingerprint(), row_ranks(trainer), resumed)
     data.trainer = trainer
@@ -385,7 +389,7 @@ def build_trainer(
         enable_checkpointing=False,  # Lightning's own
         # FSDP2 keeps what it gathers, and a backward cannot use a tensor of inference mode
         inference_mode=not isinstance(strategy, MeshStrategy),
-        plugins=[WholeOrNot()],
+        plugins=[WholeOrNot(saver.background)],
     )
     validate_every(trainer, t.validate_every)
     if hasattr(trainer.strategy, "_timeout"):  # those of several processes have one

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -82,44 +83,58 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return {"tensors": tensors, "scalars": scalars, "groups": groups, "keys": list(keys)}
 
 
-def save(checkpoint: dict[str, Any], path: Path, strategy: Any) -> None:
+def save(
+    checkpoint: dict[str, Any],
+    path: Path,
+    group: dist.ProcessGroup | None = None,
+    *,
+    same_tensors: bool = False,
+) -> None:
     """Write a checkpoint of Lightning's, whose tensors are boxes, into the folder `path`.
 
     Every rank must call it; what a killed save has left beside `path` is removed.
+
+    Args:
+        group: of all ranks, on the CPU, that nothing else uses meanwhile; None where there is one.
+        same_tensors: `path` has been written, by this process and with these tensors: all but them
+            takes the place of what it holds.
     """
     tensors: Tensors = checkpoint.pop("state_dict")
     names = list(tensors)
     states = checkpoint.pop("optimizer_states")
     for state in states:
         tensors = tensors | state.pop("tensors")
-    first = strategy.global_rank == 0
+    meta = checkpoint | {"optimizers": states, "weights": names}
+    first = group is None or dist.get_rank() == 0
+    if same_tensors:
+        if first:
+            _write_meta(meta | {"files": read_meta(path)["files"]}, path)
+        _barrier(group)
+        return
     temporary = path.with_name(path.name + TEMPORARY)
     if first:
         path.parent.mkdir(parents=True, exist_ok=True)
         for abandoned in path.parent.glob(f"*{TEMPORARY}"):
             remove(abandoned)
         temporary.mkdir()
-    strategy.barrier()
+    _barrier(group)
     dcp.save(
         tensors,
         storage_writer=dcp.FileSystemWriter(temporary),  # which syncs its files to the disk
         planner=_Writer(),
+        process_group=group,
+        no_dist=group is None,
     )
-    strategy.barrier()
+    _barrier(group)
     if first:
-        meta = checkpoint | {"optimizers": states, "weights": names, "files": _checksums(temporary)}
-        with (temporary / META).open("wb") as file:
-            torch.save(meta, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync(temporary)
-        if path.exists():  # of the same step, before its validation
+        _write_meta(meta | {"files": _checksums(temporary)}, temporary)
+        if path.exists():  # damaged, or no later run's
             path.rename(path.with_name(f"{path.name}.old{TEMPORARY}"))
         temporary.rename(path)
         _sync(path.parent)
         for replaced in path.parent.glob(f"*{TEMPORARY}"):
             remove(replaced)
-    strategy.barrier()
+    _barrier(group)
 
 
 def load(path: Path, module: Any, optimizers: Iterable[Optimizer]) -> dict[str, Any]:
@@ -420,9 +435,24 @@ def _state_name(name: str, key: str) -> str:
     return f"optimizer.{name}.{key}"
 
 
+def _barrier(group: dist.ProcessGroup | None) -> None:
+    if group is not None:
+        dist.barrier(group)
+
+
+def _write_meta(meta: dict[str, Any], folder: Path) -> None:
+    temporary = folder / f"{META}{TEMPORARY}"
+    with temporary.open("wb") as file:
+        torch.save(meta, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / META)
+    _sync(folder)
+
+
 def _checksums(folder: Path) -> dict[str, int]:
     """Of every file but the last one, a few at a time."""
-    files = sorted(f for f in folder.iterdir() if f.name != META)
+    files = sorted(f for f in folder.iterdir() if not f.name.startswith(META))
     with ThreadPoolExecutor(4) as pool:
         sums = list(pool.map(_checksum, files))
     return {file.name: s for file, s in zip(files, sums, strict=True)}

@@ -9,6 +9,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,9 @@ from torch.distributed.tensor import DTensor
 from mamba2_train.model import Mamba2Config, Mamba2LM
 from mamba2_train.parallel.shards import cut_dim, local_extent, shard
 from mamba2_train.parallel.sizes import CONTEXT, DATA, TENSOR, Sizes
-from mamba2_train.parallel.start import weightless
+from mamba2_train.parallel.start import to_meta, weightless
 from mamba2_train.parallel.wire import Collective, Traffic, over_context, traffic
-from mamba2_train.quantization import Quantization
+from mamba2_train.quantization import BLOCK, Quantization, bitsandbytes, is_quantized_layer
 
 FLOAT32 = 4  # bytes
 
@@ -55,12 +56,11 @@ def dry_run(
         mesh = init_device_mesh("cpu", shared, mesh_dim_names=(DATA, TENSOR))
         model = weightless(shape, dtype, quantization)
         adapt(model)
-        model.to("meta")
-        model.tie_weights()
+        to_meta(model, adapters=True)
         if sizes.tensor > 1:
             from mamba2_train.parallel.tensor_parallel import parallelize
 
-            parallelize(model, mesh[TENSOR])
+            parallelize(model, mesh[TENSOR], before_block=_unscaled)
         shard(model, mesh[DATA], products=products)
         table = _placements(model)
         weights, trained = _held(model)
@@ -110,6 +110,20 @@ def wire_bytes(
         received = sum(c.received(ranks[c.over]) for c in of_context) / sizes.tensor
         found["states"] = received * sent.n_layers * accumulate
     return found
+
+
+def _unscaled(block: nn.Module) -> None:
+    """Give quantized weights the state by which a part is taken, without values."""
+    for module in block.modules():
+        if is_quantized_layer(module):
+            layer: Any = module
+            layer.weight.quant_state = bitsandbytes().functional.QuantState(
+                absmax=torch.empty(layer.out_features * layer.in_features // BLOCK, device="meta"),
+                shape=torch.Size((layer.out_features, layer.in_features)),
+                blocksize=BLOCK,
+                quant_type=layer.weight_kind,
+                dtype=layer.compute_dtype,
+            )
 
 
 def _placements(model: nn.Module) -> Table:

@@ -68,7 +68,7 @@ def sharded_model(
     """
     model = weightless(shape, dtype, quantization)
     peft_model = adapt(model)
-    _to_meta(model)
+    to_meta(model)
     mesh = sharding.mesh
     device = torch.device(mesh.device_type)
     if device.type == "cuda":
@@ -214,10 +214,10 @@ def _parameter(p: nn.Parameter, value: Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=p.requires_grad)
 
 
-def _to_meta(model: nn.Module) -> None:
-    """All but the adapters' own parameters."""
+def to_meta(model: nn.Module, adapters: bool = False) -> None:
+    """All but the adapters' own parameters, or these too."""
     moved: dict[int, nn.Parameter] = {}
-    for _, module, key, p in _parameters(model, adapters=False):
+    for _, module, key, p in _parameters(model, adapters):
         if _is_packed(module, key):
             module.weight_kind = p.quant_type  # type: ignore[attr-defined]
         if id(p) not in moved:

@@ -14,10 +14,12 @@ the same rows, each its part of them. To the weights they are ranks like the oth
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -25,6 +27,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
+from mamba2_train.background import Background, copied
 from mamba2_train.parallel import checkpoint as sharded
 from mamba2_train.parallel.context_parallel import own_part
 from mamba2_train.parallel.shards import give_back, reduce_gradients
@@ -53,6 +56,9 @@ class MeshStrategy(ModelParallelStrategy):
         self.context: ProcessGroup | None = None  # the ranks that share this one's rows
         self.reduce_each_batch = reduce_each_batch
         self.cpu_offload = cpu_offload
+        self.background: Background | None = None  # writes checkpoints while training goes on
+        self.saving_group: dist.ProcessGroup | None = None  # through which the writers talk
+        self.written: Path | None = None  # the last checkpoint
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -91,6 +97,7 @@ class MeshStrategy(ModelParallelStrategy):
                     mesh_dim_names=(DATA, CONTEXT, TENSOR),
                 )
                 self.context = rows.get_group(CONTEXT)
+            self.saving_group = dist.new_group(backend="gloo", timeout=self._timeout)
 
     def setup(self, trainer: L.Trainer) -> None:
         """The model is on its devices already, in its own dtypes."""
@@ -123,7 +130,14 @@ class MeshStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        sharded.save(checkpoint, Path(self.broadcast(str(filepath))), self)
+        path = Path(self.broadcast(str(filepath)))
+        # of one step, before and after its validation: the weights are the same
+        again = self.broadcast(path == self.written and path.exists())
+        self.written = path
+        if self.background is not None:
+            checkpoint = copied(checkpoint)
+        save = partial(sharded.save, checkpoint, path, self.saving_group, same_tensors=again)
+        save() if self.background is None else self.background.do(save)
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None

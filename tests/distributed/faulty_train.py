@@ -13,7 +13,8 @@ makes a batch take 0.3 s.
     python faulty_train.py serve
 
 does so for each request on standard input, in a new process forked from one that has imported
-everything: most of a short run is imports.
+everything: most of a short run is imports. A request for several ranks gets as many processes, with
+the environment that torchrun gives to its own; when one fails, the others are ended.
 """
 
 import functools
@@ -21,16 +22,22 @@ import json
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 from mamba2_train import saving
 from mamba2_train.data import loaders
 from mamba2_train.errors import UserError
 from mamba2_train.module import Mamba2Module
+from mamba2_train.parallel import checkpoint as sharded
+
+GRACE = 10.0  # seconds for the other ranks, when one has failed
+LIMIT = 140.0  # seconds for all of them
 
 
 def strike_before(owner, name, countdown, strike):
@@ -124,6 +131,10 @@ def main():
                 "saving": (saving.WholeOrNot, "save_checkpoint"),
                 "rename": (saving.os, "fsync"),
                 "prune": (saving.Path, "unlink"),
+                # of a folder: this rank's file, all checksums, and before and after it is renamed
+                "shard": (dcp.FileSystemWriter, "write_data"),
+                "sums": (sharded, "_checksums"),
+                "sync": (sharded, "_sync"),
             }[place]
             act = functools.partial(strike, name[0] if name else "SIGKILL", who or "0")
             strike_before(owner, method, int(n), act)
@@ -137,19 +148,64 @@ def serve():
     for line in sys.stdin:
         request = json.loads(line)
         if os.fork() == 0:
-            child = os.fork()
-            if child == 0:
-                os.chdir(request["folder"])
-                for number, name in enumerate(("out", "err"), 1):
-                    os.dup2(os.open(request[name], os.O_CREAT | os.O_WRONLY), number)
-                sys.argv = [__file__, *request["arguments"]]
-                return main()
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            environments = _torchruns(request.get("ranks", 1))
+            children = {}
+            for rank, environment in enumerate(environments):
+                child = os.fork()
+                if child == 0:
+                    os.environ.update(environment)
+                    os.chdir(request["folder"])
+                    for number, name in enumerate(("out", "err"), 1):
+                        flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND
+                        os.dup2(os.open(request[name], flags), number)
+                    sys.argv = [__file__, *request["arguments"]]
+                    return main()
+                children[child] = rank
+            code = _ended(children)
             temporary = Path(request["done"] + ".tmp")
             temporary.write_text(str(code))
             temporary.rename(request["done"])
             os._exit(0)
     return None
+
+
+def _torchruns(n):
+    """What torchrun tells each of `n` ranks; one alone is started without it."""
+    if n == 1:
+        return [{}]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    everyone = {
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "served",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+    }
+    return [everyone | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(n)]
+
+
+def _ended(children):
+    """The exit code of the first that failed, or 0, when all have ended."""
+    code, until = 0, time.monotonic() + LIMIT
+    while children:
+        done, status = os.waitpid(-1, os.WNOHANG)
+        if done in children:
+            del children[done]
+            if status and not code:
+                code, until = os.waitstatus_to_exitcode(status), time.monotonic() + GRACE
+        elif time.monotonic() > until:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            until = float("inf")
+        else:
+            time.sleep(0.02)
+    return code
 
 
 if __name__ == "__main__":
