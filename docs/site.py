@@ -15,11 +15,13 @@ from mkdocs.structure.pages import Page
 
 from mamba2_train.commands import help as said
 from mamba2_train.schema import (
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
     PlanConfig,
     PlanSettings,
+    ReportConfig,
     TrainConfig,
 )
 
@@ -35,6 +37,8 @@ COMMANDS = {
     "mamba2-eval": ("evaluate", EvaluateConfig),
     "mamba2-export": ("export", ExportConfig),
     "mamba2-plan": ("plan", PlanConfig),
+    "mamba2-report": ("report", ReportConfig),
+    "mamba2-doctor": ("doctor", DoctorConfig),
 }
 
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mamba2_train import report
+from mamba2_train.comparison import compare
 from mamba2_train.errors import UserError
 from mamba2_train.tracking import write_json
 
@@ -218,10 +218,8 @@ def conclude(folder: Path, jobs: list[Job]) -> None:
     if trained:
         best = min(trained, key=lambda job: (math.isnan(job.loss), job.loss))
         console.print(f"{'best':10}{best.folder}  {escape(changes[best.number])}", soft_wrap=True)
-        compare = getattr(report, "compare", None)
-        if compare is not None:
-            page = compare([job.folder for job in trained], folder / "report.html")
-            console.print(f"{'report':10}{page}", soft_wrap=True)
+        page = compare([job.folder for job in trained], folder / "report.html")
+        console.print(f"{'report':10}{page}", soft_wrap=True)
     failed = [f"{job.number} ({changes[job.number]}): {job.error}" for job in jobs if job.error]
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} jobs failed: {'; '.join(failed)}")

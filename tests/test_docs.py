@@ -19,12 +19,24 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from mamba2_train.commands import evaluate, export, extend_hydra, generate, help, plan, train
+from mamba2_train.commands import (
+    doctor,
+    evaluate,
+    export,
+    extend_hydra,
+    generate,
+    help,
+    plan,
+    report,
+    train,
+)
 from mamba2_train.schema import (
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
     PlanConfig,
+    ReportConfig,
     TrainConfig,
     validated,
 )
@@ -36,6 +48,8 @@ COMMANDS = {
     evaluate: ("evaluate", EvaluateConfig),
     export: ("export", ExportConfig),
     plan: ("plan", PlanConfig),
+    report: ("report", ReportConfig),
+    doctor: ("doctor", DoctorConfig),
 }
 
 
@@ -149,8 +163,9 @@ def test_every_setting_of_ours_there_is_valid(title, composed):
         for override in parser.parse_overrides([*beside.get(setting, []), setting]):
             key, value = override.get_key_element(), override.value()
             if (ROOT / "configs" / key).is_dir():  # a choice
-                value = OmegaConf.load(ROOT / "configs" / key / f"{value}.yaml")
-                config[key] = value
+                files = [Path(f"{key}_defaults.yaml"), Path(key) / f"{value}.yaml"]
+                found = [ROOT / "configs" / f for f in files if (ROOT / "configs" / f).exists()]
+                config[key] = OmegaConf.merge(*map(OmegaConf.load, found))
             else:
                 assert OmegaConf.select(config, key, default="no such key") != "no such key", key
                 OmegaConf.update(config, key, value)

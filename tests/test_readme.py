@@ -17,10 +17,12 @@ from omegaconf import OmegaConf
 
 from mamba2_train.commands import extend_hydra
 from mamba2_train.schema import (
+    DoctorConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
     PlanConfig,
+    ReportConfig,
     TrainConfig,
     validated,
 )
@@ -32,6 +34,8 @@ COMMANDS = {
     "mamba2-eval": ("evaluate", EvaluateConfig),
     "mamba2-export": ("export", ExportConfig),
     "mamba2-plan": ("plan", PlanConfig),
+    "mamba2-report": ("report", ReportConfig),
+    "mamba2-doctor": ("doctor", DoctorConfig),
 }
 PAGES = ["README.md", "recipes/README.md", "mamba2_train/assets/README.md"]
 PAGES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))

@@ -58,7 +58,7 @@ SAMPLES = {
         lambda quote, author: {"instruction": f"Quote {author}.", "input": "", "output": quote},
     ),
     **dict.fromkeys(
-        ("pretrain_tiny", "long_context_exact"), lambda quote, author: {"text": quote * 2}
+        ("pretrain_tiny", "novels", "long_context_exact"), lambda quote, author: {"text": quote * 2}
     ),
     **dict.fromkeys(("full_130m", "lora_130m"), lambda quote, author: {"quote": quote}),
 }

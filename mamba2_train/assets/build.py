@@ -517,7 +517,7 @@ def main(arguments: list[str] | None = None) -> int:
     summary = {
         "quotes": "extract, review and split the quotes",
         "corpus": "write the documents that the embedded base model is trained on",
-        "novels": "write Jane Austen's novels, each whole, for the recipe long_context",
+        "novels": "write Jane Austen's novels, each whole, for the recipe novels",
         "tokenizer": "train the byte-level BPE tokenizer on the corpus and the train quotes",
         "base": "store a model that the recipe pretrain_tiny has trained",
         "preferences": "pair short definitions with what the embedded base writes instead",

@@ -1,6 +1,7 @@
 """BENCHMARKS.md, its plots and the figures as JSON."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -92,7 +93,7 @@ def write(out: Path, results: list[Result], others: dict[str, Any]) -> None:
     if good:
         plot_pairs(good, folder / "speed.svg", folder / "memory.svg")
         lines += [f"![tokens per second]({PLOTS}/speed.svg)", f"![memory]({PLOTS}/memory.svg)", ""]
-    sections = {
+    sections: dict[str, Callable[[Any], list[str]]] = {
         "profiles": _profiles,
         "lengths": _lengths,
         "startup": _startup,

@@ -65,7 +65,7 @@ def choices(config_name: str) -> dict[str, list[Choice]]:
     """The groups in the defaults list of `config_name`, in its order, and the files of each."""
     folder = resources.files("mamba2_configs")
     groups: dict[str, list[Choice]] = {}
-    for entry in yaml.safe_load((folder / f"{config_name}.yaml").read_text())["defaults"]:
+    for entry in yaml.safe_load((folder / f"{config_name}.yaml").read_text()).get("defaults", ()):
         if isinstance(entry, str):
             groups |= {} if entry == "_self_" else choices(entry)
             continue
