@@ -225,18 +225,17 @@ def test_all_ranks_leave_out_the_step_that_one_of_them_spoils(folder):
     shape = Mamba2Config(
         d_model=16, n_layers=1, vocab_size=4096, d_state=8, headdim=8, tie_embeddings=False
     )
-    model = initialize(Mamba2LM(shape), seed=1)
-    with torch.no_grad():
-        model.backbone.embeddings.weight[tokenizer.encode("Z")] = torch.inf
-    save_pretrained(model, folder / "poisoned")
-    save_tokenizer(tokenizer, folder / "poisoned")
+    save_pretrained(initialize(Mamba2LM(shape), seed=1), folder / "untied")
+    save_tokenizer(tokenizer, folder / "untied")
+    last = tokenizer.decode([4095])
+    assert tokenizer.encode(last) == [4095]
     rows = (folder / "rows.jsonl").read_text()
-    (folder / "with.jsonl").write_text(rows + '{"text": "Z"}\n')
+    (folder / "with.jsonl").write_text(rows + json.dumps({"text": last}) + "\n")
     data = ("data.source=with.jsonl", "data.validation_source=rows.jsonl", "data.packing=none")
     code, said = launch(
         folder,
-        "none",
-        *("model.source=poisoned", *data, "run_dir=spoilt"),
+        "none+poison",
+        *("model.source=untied", *data, "run_dir=spoilt"),
         *("trainer.on_nan=skip", "trainer.max_skipped=1", "trainer.max_steps=30"),
     )
     run = folder / "spoilt"
@@ -248,7 +247,7 @@ def test_all_ranks_leave_out_the_step_that_one_of_them_spoils(folder):
     assert f"1 steps have been skipped, and in step {step} the loss is nan" in line
     assert f"because of rank {rank};" in line
     saved = torch.load(second, weights_only=True)
-    poisoned = [tokenizer.encode("Z")[0] in batch["input_ids"] for batch in saved["batches"]]
+    poisoned = [4095 in batch["input_ids"] for batch in saved["batches"]]
     assert [not torch.tensor(loss).isfinite() for loss in saved["losses"]] == poisoned
     assert sum(poisoned) == 1
     assert said.count("skipped, 1 of 1") == 1

@@ -113,7 +113,7 @@ def test_many_blocks_follow_from_few(overrides):
     """The whole model simulated is the truth, and the prediction equals it to the byte."""
     deep = dataclasses.replace(SMALL, n_layers=18)
     plan = planned(deep, *overrides, *ROWS)
-    whole = plan._of_first(18)
+    whole = plan._of_first(18, 1)
     assert len(plan._moments) == 1
     predicted = plan._step()
     assert len(plan._moments) == 3
@@ -236,7 +236,7 @@ def test_frozen_parameters_have_no_gradient_and_no_moments():
     memory = plan.memory()
     assert memory.gradients == 4 * n
     assert memory.optimizer == pytest.approx(8 * n, abs=1000)
-    assert set(plan._moments) == {(6, 4, 256, False, False, "none")}
+    assert set(plan._moments) == {(6, 4, 256, False, 1, False, "none")}
 
 
 def test_strategies_divide_what_they_say():

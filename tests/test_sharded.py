@@ -198,9 +198,8 @@ def assert_narrow(found, folder, case):
     for what in ("gradients", "weights"):
         price = error(one[what], wide[what])
         assert 1e-4 < error(found[what], wide[what]) < 2 * price, what
-    prices = [abs(a - b) for a, b in zip(one["losses"], wide["losses"], strict=True)]
-    off = [abs(a - b) for a, b in zip(found["losses"], wide["losses"], strict=True)]
-    assert max(off) < 2 * max(prices)
+    off, price = (math.dist(run["losses"], wide["losses"]) for run in (found, one))
+    assert off < 2 * price
     bf16, fp32 = torch.bfloat16, torch.float32
     expected = {"in_proj.weight": bf16, "in_proj": bf16, "A_log": fp32, "stream": fp32}
     dtypes = found["dtypes"]

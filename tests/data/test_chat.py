@@ -18,7 +18,7 @@ from mamba2_train.data.formats import detect
 from mamba2_train.data.sources import Row
 from mamba2_train.errors import UserError
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 CHATML = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\n' }}"
@@ -30,7 +30,7 @@ CHATML = (
 )
 UNMARKED = CHATML.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
 # without special tokens: an answer begins with a space, and ends with the tokenizer's eos
-PLAIN = re.search(r"```jinja\n(.*?)\n```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+PLAIN = re.search(r"```jinja\n(.*?)\n```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
 # the space before an answer is not marked, but the token that it becomes one with is
 SPACED = PLAIN.replace("'Answer:'", "'Answer: '").replace("' ' + m", "m")
 # as Mistral's and Llama 3.1's do: tools in front, calls in JSON, answers of tools

@@ -8,7 +8,8 @@ time, or PLACE:N:SIGNAL to be sent that signal there, or PLACE:N:HANG to stay th
 or PLACE:N:BUG to raise a UserError or a ValueError; or `none`. Of several ranks the first does so,
 or the one in FAULT@RANK, or FAULT@agent gives the signal to torchrun; what torchrun has restarted
 does not. `FAULT+forget_rng` and `FAULT+forget_position` break the restoring of those, `FAULT+slow`
-makes a batch take 0.3 s.
+makes a batch take 0.3 s, and `FAULT+poison` gives the last entry of the vocabulary an embedding
+that is infinite, which no file may hold.
 
     python faulty_train.py serve
 
@@ -101,6 +102,12 @@ def strike(name, who):
     os.kill(target, getattr(signal, name))
 
 
+def poison(module, original=Mamba2Module.on_fit_start):
+    original(module)
+    with torch.no_grad():
+        module.model.backbone.embeddings.weight[-1] = torch.inf
+
+
 def slow(module, batch, batch_idx, original=Mamba2Module.training_step):
     time.sleep(0.3)
     return original(module, batch, batch_idx)
@@ -108,6 +115,8 @@ def slow(module, batch, batch_idx, original=Mamba2Module.training_step):
 
 def main():
     fault, *options = sys.argv[1].split("+")
+    if "poison" in options:
+        Mamba2Module.on_fit_start = poison
     if "slow" in options:
         Mamba2Module.training_step = slow
     if "forget_rng" in options:

@@ -23,7 +23,7 @@ from mamba2_train.module import Mamba2Module
 from mamba2_train.parallel.shards import mesh_of, whole_tensors
 from mamba2_train.parallel.sizes import Sizes
 from mamba2_train.parallel.start import Sharding, sharded_model, stored
-from mamba2_train.parallel.strategy import MeshStrategy, data_ranks
+from mamba2_train.parallel.strategy import MeshStrategy
 from mamba2_train.schema import AdamWConfig, ExactConfig, SchedulerConfig
 
 STEPS, ACCUMULATE, CLIP = 6, 2, 0.5
@@ -164,13 +164,13 @@ def run(folder, sizes, case):
         if option == "exact"
         else None,
     )
-    n, rank = data_ranks(trainer)[0], int(os.environ["RANK"])
-    rank = rank if ddp else strategy.distributed_sampler_kwargs["rank"]
-    share = 2 // n  # of the two batches that are seen at once
+    ranks = {"num_replicas": 2, "rank": int(os.environ["RANK"])}
+    ranks = ranks if ddp else strategy.distributed_sampler_kwargs
+    share = 2 // ranks["num_replicas"]  # of the two batches that are seen at once
     everything = batches()
     mine = [
         {key: torch.cat([b[key] for b in everything[i : i + share]]) for key in everything[0]}
-        for i in range(rank * share, len(everything), 2)
+        for i in range(ranks["rank"] * share, len(everything), 2)
     ]
     trainer.fit(module, torch.utils.data.DataLoader(mine, batch_size=None))
     training.average_replicated = average

@@ -186,7 +186,7 @@ SHAPES = [
     Case(seq_len=70, headdim=64, n_heads=2, d_state=256, carried=True),
     Case(seq_len=70, headdim=64, n_heads=2, d_state=256, carried=True, arch=86),
     Case(seq_len=70, headdim=128, n_heads=2, d_state=32, packed=True, arch=89),
-    Case(seq_len=70, headdim=128, n_heads=4, n_groups=2, d_state=256, packed=True, carried=True),
+    Case(seq_len=40, headdim=128, n_heads=2, n_groups=2, d_state=256, packed=True, carried=True),
     Case(seq_len=300, n_heads=2, packed=True, carried=True, d_state=32),  # two chunks backward
     Case(seq_len=530, n_heads=2, packed=True, carried=True),  # two chunks forward
     Case(seq_len=530, n_heads=2, arch=80),
