@@ -111,13 +111,16 @@ def norm_backward_kernel(
             dv += tl.load(dtotal + row * sdt + c, mask=m, other=0.0).to(tl.float32)
         o = row * n_groups * group_size
         if GATED:
-            b_x = tl.load(x + row * sx + c, mask=m, other=0.0).to(tl.float32)
+            tl.debug_barrier()  # what is read from here on is not held before: it would spill
             b_z = tl.load(z + row * sz + c, mask=m, other=0.0).to(tl.float32)
             gate = 1.0 / (1.0 + tl.exp(-b_z))
-            b_dz = dv * b_x * gate * (1.0 + b_z * (1.0 - gate))
-            tl.store(dz + o + c, b_dz.to(dz.dtype.element_ty), mask=m)
+            b_dz = dv * gate * (1.0 + b_z * (1.0 - gate))
             dv = dv * b_z * gate
-        tl.store(dx + o + c, dv.to(dx.dtype.element_ty), mask=m)
+            tl.store(dx + o + c, dv.to(dx.dtype.element_ty), mask=m)
+            b_dz *= tl.load(x + row * sx + c, mask=m, other=0.0).to(tl.float32)
+            tl.store(dz + o + c, b_dz.to(dz.dtype.element_ty), mask=m)
+        else:
+            tl.store(dx + o + c, dv.to(dx.dtype.element_ty), mask=m)
         if RESIDUAL:
             tl.store(dresidual + o + c, dv.to(dresidual.dtype.element_ty), mask=m)
     if SUM != "only":

@@ -115,7 +115,7 @@ def main() -> None:
             steps.tell(quotes=loss_of(model, rows[:QUOTES_COMPARED]))
     with tempfile.TemporaryDirectory() as folder:
         trainer = CountedTrainer(
-            model,  # type: ignore[arg-type]
+            model,  # type: ignore[arg-type, unused-ignore]  # unused where trl is missing
             args=settings(w, folder),
             train_dataset=Dataset.from_dict({"input_ids": rows}),
             processing_class=AutoTokenizer.from_pretrained(resolve("embedded")),
