@@ -201,9 +201,11 @@ def _other_launches(entry: Entry) -> list[dict[str, Any]]:
             conv = (x, weight, norm_weight, documents, carried)
             conv1d_triton.forward(*conv, "silu", carried is not None)
             conv1d_triton.backward(x, carried, *conv, "silu")
-        for residual in (None, x.float()):
-            norm_triton.rms_norm(x, norm_weight, residual, 1e-5)
-            norm_triton.rms_norm_backward(x, residual, x, norm_weight, residual, 1e-5)
+        stream = torch.empty(batch, seq_len, channels // 2, dtype=dtype)  # between the blocks
+        stream_weight = norm_weight[: channels // 2]
+        for residual in (None, stream.float()):
+            norm_triton.rms_norm(stream, stream_weight, residual, 1e-5)
+            norm_triton.rms_norm_backward(stream, residual, stream, stream_weight, residual, 1e-5)
         norm_triton.gated_rms_norm(x, z, norm_weight, 1e-5, channels)
         norm_triton.gated_rms_norm_backward(x, x, z, norm_weight, 1e-5, channels)
         norm_triton.gated_square_sum(x, z, channels)
