@@ -23,7 +23,9 @@ def build_callbacks(config: TrainConfig) -> list[Callback]:
     callbacks: list[Callback] = [Throughput()]
     if config.callbacks.early_stopping is not None:
         patience = config.callbacks.early_stopping.patience
-        callbacks.append(EarlyStopping("val/loss", patience=patience))
+        # when validated: at the end of an epoch that was cut short there is no val/loss to look at
+        stopping = EarlyStopping("val/loss", patience=patience, check_on_train_epoch_end=False)
+        callbacks.append(stopping)
     if config.callbacks.health is not None:
         callbacks.append(Health(config.callbacks.health.every_steps))
     if config.trainer.progress_bar:
