@@ -94,7 +94,7 @@ def test_a_misspelt_setting(capsys, word, cure):
 
 def test_both_sides_train_alike(tmp_path, monkeypatch):
     """The documented recipe on two layers: TRL's losses are ours, step by step."""
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason="TRL comes with the extra bench")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert command.main(["--quick", "workload=lora-tiny-512", f"out={tmp_path}"]) == 0
     found = json.loads((tmp_path / report.PLOTS / "results.json").read_text())["workloads"][0]

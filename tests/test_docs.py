@@ -133,7 +133,7 @@ def test_every_setting_of_loras_is_there():
 
 
 def test_every_setting_of_sft_is_there():
-    trl = pytest.importorskip("trl")
+    trl = pytest.importorskip("trl", reason="TRL comes with the extra bench")
     if f"TRL {trl.__version__}," not in MIGRATING:
         pytest.skip(f"the page is of another version than {trl.__version__}")
     inherited = _fields(transformers.TrainingArguments)
@@ -230,8 +230,8 @@ def test_the_reference_names_what_exists():
 
 def test_the_site_is_built(tmp_path):
     """Without a warning, and with nothing in it that a browser would fetch from the network."""
-    pytest.importorskip("material")
-    pytest.importorskip("mkdocstrings")
+    pytest.importorskip("material", reason="mkdocs comes with the extra docs")
+    pytest.importorskip("mkdocstrings", reason="mkdocs comes with the extra docs")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", tmp_path],
         cwd=ROOT,
